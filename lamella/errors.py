@@ -1,0 +1,107 @@
+"""Every exception of Lamella.
+
+    LamellaError
+    ├── CaptureError            a model can't be turned into a graph
+    │   └── ModelFileError      a file of a model is missing, corrupt or lies
+    ├── GraphError              a graph is asked for something it doesn't have
+    │   └── VerificationError   a graph breaks an invariant (all violations listed)
+    ├── MissingRuleError        a rule table has no entry for an operator
+    ├── RewriteError            a rewrite rule did something illegal
+    ├── PassError               a pass failed; names pass, node and operator
+    │   ├── LossError           a pass cost more than `max_loss`
+    │   └── NumericError        an exact pass changed the outputs
+    ├── BudgetError             a budget can't be met; names the smallest that can
+    ├── RecipeError             a pipeline is misspelled (also a ValueError)
+    ├── PluginError             a plugin failed to load
+    ├── SamplesError            samples don't fit the model (also a ValueError)
+    ├── BackendError            a backend can't do what is asked
+    │   ├── UnsupportedError    operators without an emitter (all listed)
+    │   └── ProviderError       an execution provider is missing or did not load
+    └── ArtifactError           a saved folder is missing, corrupt or from elsewhere
+
+A message is one sentence in lower case without a full stop: what is wrong, where, what was
+expected, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LamellaError(Exception):
+    """The root of all exceptions that Lamella raises on purpose."""
+
+
+class CaptureError(LamellaError):
+    """A model can't be turned into a graph."""
+
+
+class ModelFileError(CaptureError):
+    """A file of a model is missing, corrupt, or says something that is not so."""
+
+
+class GraphError(LamellaError):
+    """A graph is asked for something it doesn't have, or an edit is illegal."""
+
+
+class VerificationError(GraphError):
+    """A graph breaks an invariant; the message lists every violation."""
+
+
+class MissingRuleError(LamellaError):
+    """A rule table has no entry for an operator of the graph; the message lists all."""
+
+
+class RewriteError(LamellaError):
+    """A rewrite rule returned something that can't replace what it matched."""
+
+
+class PassError(LamellaError):
+    """A pass failed; the message names the pass, and the node where there is one."""
+
+
+class LossError(PassError):
+    """A pass cost more than the `max_loss` that was allowed."""
+
+
+class NumericError(PassError):
+    """A pass that declares itself exact changed the outputs."""
+
+
+class BudgetError(LamellaError, ValueError):
+    """A budget can't be met; the message names the smallest that can."""
+
+
+class RecipeError(LamellaError, ValueError):
+    """A pipeline, a pass or an option is misspelled or malformed."""
+
+
+class PluginError(LamellaError):
+    """A plugin failed to load; the message names its distribution."""
+
+
+class SamplesError(LamellaError, ValueError):
+    """Samples don't fit the model."""
+
+
+class BackendError(LamellaError):
+    """A backend can't do what is asked."""
+
+
+class UnsupportedError(BackendError):
+    """A graph holds operators that the backend has no emitter for; all are listed."""
+
+
+class ProviderError(BackendError):
+    """An execution provider or a runtime package is missing, doubled or did not load."""
+
+
+class ArtifactError(LamellaError):
+    """A saved folder is missing, corrupt, or was made by or for something else."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the known name closest to `name`, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

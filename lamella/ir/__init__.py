@@ -1,0 +1,1 @@
+"""The graph: capture, readers, canonical operators, residual stream, verifier, runner."""

@@ -1,0 +1,456 @@
+"""The one representation of a model: a flat ATen graph whose edits are counted.
+
+`Graph` is the only class that writes to an fx graph after capture. It keeps the fake value
+of every node (``node.meta["val"]``: shape with symbols, dtype, device), knows which pass made
+which node, and shares the storage of its weights with the model that was captured: a weight is
+replaced, never written into.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from lamella.errors import GraphError
+from lamella.ir import ops
+from lamella.ir.signature import Signature
+from lamella.ir.torch_private import FakeTensorMode, detect_fake_mode, tree_map
+from lamella.ir.weights import Origin, WeightSource, not_loaded
+
+
+class Graph:
+    """A trained network as a flat graph of canonical operators.
+
+    Calling a graph runs it: the same inputs and the same output type as the captured model.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        signature: Signature,
+        *,
+        origin: Origin | None = None,
+        source: WeightSource | None = None,
+    ) -> None:
+        """Take over `module`: placeholders in the order of `signature`, one flat output tuple."""
+        self._module = module
+        self.signature = signature
+        self.origin = origin or Origin()
+        self.source = source
+        self._edits = 0
+        self._author = "capture"
+        self._fake_mode: FakeTensorMode | None = None
+
+    # ---- looking ------------------------------------------------------------------------
+
+    @property
+    def edits(self) -> int:
+        """How often the graph was edited; the key of everything computed from it."""
+        return self._edits
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The fx module, to run and to look at; edit through the methods of `Graph`."""
+        return self._module
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All nodes in topological order."""
+        return list(self._module.graph.nodes)
+
+    @property
+    def inputs(self) -> list[Node]:
+        """The placeholders, in the order of ``signature.inputs``."""
+        return [node for node in self._module.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def output(self) -> Node:
+        """The output node; its first argument is the tuple of flat outputs."""
+        return self._module.graph.output_node()
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The flat outputs, in the order of ``signature.outputs`` (nodes or constants)."""
+        return list(self.output.args[0])
+
+    def find(self, *targets: Callable[..., Any]) -> list[Node]:
+        """The nodes that call one of `targets`, in topological order."""
+        wanted = set(targets)
+        return [
+            node
+            for node in self._module.graph.nodes
+            if node.op == "call_function" and node.target in wanted
+        ]
+
+    def operand(self, node: Node, name: str) -> Any:
+        """The argument of `node` called `name` in the schema of its operator, or its default.
+
+        Raises:
+            GraphError: The operator has no argument of that name.
+        """
+        bound = ops.bind(node)
+        if name in bound:
+            return bound[name]
+        known = ops.argument_names(node.target)
+        if name not in known:
+            raise GraphError(
+                f"{ops.op_name(node.target)} has no argument {name!r}; it has {', '.join(known)}"
+            )
+        return None
+
+    # ---- weights ------------------------------------------------------------------------
+
+    def weight_nodes(self) -> list[Node]:
+        """The nodes that read a weight or a buffer."""
+        return [node for node in self._module.graph.nodes if node.op == "get_attr"]
+
+    def weight_node(self, name: str) -> Node:
+        """The node that reads the weight `name`.
+
+        Raises:
+            GraphError: No node reads it.
+        """
+        for node in self.weight_nodes():
+            if node.target == name:
+                return node
+        raise GraphError(f"no node reads a weight called {name!r}")
+
+    def weight(self, node: Node | str) -> Tensor:
+        """The data of a weight; never write into it. Not kept in memory if it was not there.
+
+        Raises:
+            GraphError: `node` doesn't read a weight, or there is no data to read.
+        """
+        name = self._weight_name(node)
+        tensor = self._tensor(name)
+        if tensor.device.type != "meta":
+            return tensor
+        if self.source is None or name not in self.source.names():
+            raise not_loaded(name)
+        return self.source.read(name)
+
+    def is_loaded(self, node: Node | str) -> bool:
+        """Whether the data of a weight is in memory."""
+        return self._tensor(self._weight_name(node)).device.type != "meta"
+
+    def set_weight(self, node: Node, value: Tensor) -> None:
+        """Replace the weight that `node` reads; every reader of the weight sees the new value."""
+        name = self._weight_name(node)
+        self._store(name, value.detach())
+        node.meta["val"] = self._fake(value.detach())
+        self._touch()
+
+    def add_weight(self, name: str, value: Tensor) -> Node:
+        """A new weight; the node that reads it stands at the top of the graph.
+
+        Raises:
+            GraphError: The name is taken.
+        """
+        if _has_attribute(self._module, name):
+            raise GraphError(f"a weight called {name!r} exists already")
+        self._store(name, value.detach())
+        graph = self._module.graph
+        first = next(iter(graph.nodes))
+        with graph.inserting_before(first):
+            node = graph.create_node("get_attr", name)
+        node.meta["val"] = self._fake(value.detach())
+        node.meta["author"] = self._author
+        self._touch()
+        return node
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that some node reads; a tied weight counts once."""
+        sizes = {node.target: _nbytes(node.meta["val"]) for node in self.weight_nodes()}
+        return sum(sizes.values())
+
+    # ---- edits --------------------------------------------------------------------------
+
+    def call(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        before: Node | None = None,
+        after: Node | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> Node:
+        """A new node that calls `target`, placed before or after a node (exactly one is given).
+
+        The fake value of the result is computed at once, so that a wrong shape fails here.
+
+        Raises:
+            GraphError: Neither or both of `before` and `after` are given, or the operator
+                refuses its arguments.
+        """
+        if (before is None) == (after is None):
+            raise GraphError("place a new node with either before= or after=")
+        graph = self._module.graph
+        spot = graph.inserting_before(before) if before else graph.inserting_after(after)
+        with spot:
+            node = graph.create_node("call_function", target, args, kwargs, name=name)
+        try:
+            self._propagate(node)
+        except Exception as error:
+            graph.erase_node(node)
+            error.add_note(f"while adding {ops.op_name(target)} to the graph")
+            raise
+        node.meta["author"] = self._author
+        self._touch()
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let every reader of `old` read `new`; `old` stays until `finish`.
+
+        Readers that come before `new` keep reading `old` if `new` itself depends on `old`.
+
+        Raises:
+            GraphError: `old` and `new` differ in shape rank or dtype.
+        """
+        was, now = old.meta.get("val"), new.meta.get("val")
+        if isinstance(was, Tensor) and isinstance(now, Tensor):
+            if was.dtype != now.dtype or was.ndim != now.ndim:
+                raise GraphError(
+                    f"{new.name} ({now.dtype}, {now.ndim} dims) can't replace {old.name} "
+                    f"({was.dtype}, {was.ndim} dims)"
+                )
+        upstream = new.all_input_nodes
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if old in upstream and new not in old.users:
+            old.users.setdefault(new)
+        self._touch()
+
+    def set_operand(self, node: Node, name: str, value: Any) -> None:
+        """Give `node` another argument, by schema name; fake values downstream are kept.
+
+        Raises:
+            GraphError: The operator has no argument of that name.
+        """
+        names = ops.argument_names(node.target)
+        if name not in names:
+            self.operand(node, name)
+        position = names.index(name)
+        if position < len(node.args):
+            node.update_arg(position, value)
+        else:
+            node.update_kwarg(name, value)
+        self._touch()
+
+    def set_outputs(self, outputs: Iterable[Any], signature: Signature) -> None:
+        """Replace the flat outputs, and the signature that names them."""
+        self.output.args = (tuple(outputs),)
+        self.signature = signature
+        self._touch()
+
+    def remove_input(self, node: Node, signature: Signature) -> None:
+        """Remove a placeholder that nothing reads, and give the signature without it.
+
+        Raises:
+            GraphError: Something reads it.
+        """
+        if node.users:
+            raise GraphError(f"input {node.name} is still read by {', '.join(map(str, node.users))}")
+        self._module.graph.erase_node(node)
+        self.signature = signature
+        self._touch()
+
+    def erase(self, nodes: Iterable[Node]) -> None:
+        """Remove nodes that nothing reads, last first.
+
+        Raises:
+            GraphError: Something outside of `nodes` reads one of them.
+        """
+        order = {node: place for place, node in enumerate(self._module.graph.nodes)}
+        for node in sorted(nodes, key=order.__getitem__, reverse=True):
+            if node.users:
+                raise GraphError(f"{node.name} is still read by {', '.join(map(str, node.users))}")
+            self._module.graph.erase_node(node)
+        self._touch()
+
+    def refresh(self, nodes: Iterable[Node] | None = None) -> None:
+        """Compute fake values again, of `nodes` or of the whole graph, in order."""
+        wanted = None if nodes is None else set(nodes)
+        for node in self._module.graph.nodes:
+            if node.op == "call_function" and (wanted is None or node in wanted):
+                self._propagate(node)
+
+    def finish(self) -> int:
+        """Remove dead code and unread weights, check the fx graph, recompile.
+
+        Returns:
+            How many nodes went.
+        """
+        graph = self._module.graph
+        before = len(graph.nodes)
+        for node in reversed(list(graph.nodes)):
+            if ops.is_assert(node.target) and not node.users:
+                graph.erase_node(node)
+            elif not node.users and ops.is_pure(node):
+                graph.erase_node(node)
+        removed = before - len(graph.nodes)
+        removed_weights = self._unregister_unread()
+        if removed or removed_weights:
+            self._touch()
+        graph.lint()
+        self._module.recompile()
+        return removed
+
+    @contextlib.contextmanager
+    def author(self, name: str) -> Iterator[None]:
+        """While the block runs, new nodes are signed by `name` (see ``node.meta["author"]``)."""
+        previous, self._author = self._author, name
+        try:
+            yield
+        finally:
+            self._author = previous
+
+    # ---- whole graphs -------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph as the model would be called, without gradients."""
+        values = self.signature.flatten(args, kwargs)
+        with torch.no_grad():
+            return self.signature.unflatten(self.run(values))
+
+    def run(self, values: Iterable[Any]) -> tuple[Any, ...]:
+        """Run on flat inputs and give the flat outputs; weights not in memory are streamed."""
+        if all(self.is_loaded(node) for node in self.weight_nodes()):
+            return tuple(self._module(*values))
+        return tuple(_Streaming(self).run(*values))
+
+    def copy(self) -> Graph:
+        """An independent graph that shares the storage of the weights (but no edit)."""
+        root = torch.nn.Module()
+        twin = fx.Graph()
+        mapping: dict[Node, Node] = {}
+        for node in self._module.graph.nodes:
+            copied = twin.node_copy(node, mapping.__getitem__)
+            copied.meta = dict(node.meta)
+            mapping[node] = copied
+        for node in self.weight_nodes():
+            set_tensor(root, str(node.target), self._tensor(str(node.target)))
+        module = fx.GraphModule(root, twin)
+        graph = Graph(module, self.signature, origin=self.origin, source=self.source)
+        graph._fake_mode = self._fake_mode
+        graph._edits = self._edits
+        return graph
+
+    def restore(self, saved: Graph) -> None:
+        """Become `saved` (a copy made before): the way back after a failed edit."""
+        twin = saved.copy()
+        self._module = twin._module
+        self.signature, self.origin, self.source = twin.signature, twin.origin, twin.source
+        self._touch()
+
+    def __str__(self) -> str:
+        from lamella.ir.text import text_of  # noqa: PLC0415  (text needs Graph for its types)
+
+        return text_of(self)
+
+    # ---- inside -------------------------------------------------------------------------
+
+    def fake_mode(self) -> FakeTensorMode:
+        """The fake mode that the values of the graph live in."""
+        if self._fake_mode is None:
+            values = [node.meta["val"] for node in self._module.graph.nodes if "val" in node.meta]
+            tensors = [value for value in values if isinstance(value, Tensor)]
+            self._fake_mode = detect_fake_mode(tensors) or FakeTensorMode(
+                allow_non_fake_inputs=True
+            )
+        return self._fake_mode
+
+    def _propagate(self, node: Node) -> None:
+        def value_of(argument: Any) -> Any:
+            return argument.meta["val"] if isinstance(argument, Node) else argument
+
+        args = tree_map(value_of, node.args)
+        kwargs = tree_map(value_of, node.kwargs)
+        with self.fake_mode(), torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)
+
+    def _fake(self, value: Tensor) -> Tensor:
+        mode = self.fake_mode()
+        with mode:
+            device = "cpu" if value.device.type == "meta" else value.device
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=device
+            )
+
+    def _touch(self) -> None:
+        self._edits += 1
+
+    def _weight_name(self, node: Node | str) -> str:
+        if isinstance(node, str):
+            return node
+        if node.op != "get_attr":
+            raise GraphError(f"{node.name} is not a weight ({node.op})")
+        return str(node.target)
+
+    def _tensor(self, name: str) -> Tensor:
+        found: Any = self._module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if not isinstance(found, Tensor):
+            raise GraphError(f"the graph has no weight called {name!r}")
+        return found
+
+    def _store(self, name: str, value: Tensor) -> None:
+        set_tensor(self._module, name, value)
+
+    def _unregister_unread(self) -> int:
+        read = {str(node.target) for node in self.weight_nodes()}
+        held = [name for name, _ in self._module.named_parameters(remove_duplicate=False)]
+        held += [name for name, _ in self._module.named_buffers(remove_duplicate=False)]
+        unread = [name for name in held if name not in read]
+        for name in unread:
+            owner, _, leaf = name.rpartition(".")
+            delattr(self._module.get_submodule(owner), leaf)
+        return len(unread)
+
+
+class _Streaming(fx.Interpreter):
+    """Runs a graph whose weights are read when they are needed and forgotten at once."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph.module)
+        self._graph = graph
+
+    def run_node(self, n: Node) -> Any:
+        # A weight is read by its first reader, not at the top of the graph.
+        if n.op == "get_attr":
+            return None
+        return super().run_node(n)
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[Any, Any]:
+        def value_of(node: Node) -> Any:
+            return self._graph.weight(node) if node.op == "get_attr" else self.env[node]
+
+        args = fx.node.map_arg(n.args, value_of)
+        return args, fx.node.map_arg(n.kwargs, value_of)
+
+
+def _has_attribute(module: torch.nn.Module, name: str) -> bool:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is not None
+
+
+def set_tensor(module: torch.nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` at a dotted name of `module`, making the modules on the way."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    if hasattr(module, leaf):
+        delattr(module, leaf)
+    module.register_buffer(leaf, value)
+
+
+def _nbytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()

@@ -1,0 +1,209 @@
+"""The operators that Lamella adds to ATen, with their reference implementations.
+
+Each is an ordinary `torch.library` operator, so that a graph that holds it runs in eager
+PyTorch. `REFERENCE` maps each to a plain function of ATen operators with the same arguments:
+a backend that has no kernel traces the function instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from lamella.ir.packing import dequantize
+
+_library = torch.library.Library("lamella", "DEF")
+
+
+def rotary_embedding(
+    input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """Rotate pairs of channels: ``input * cos + rotate_half(input) * sin``.
+
+    Args:
+        input: Queries or keys, ``[batch, heads, sequence, head_dim]``.
+        cos: Cosines, broadcastable to `input` (both halves are given).
+        sin: Sines, likewise.
+        interleaved: Pairs are channels ``(2i, 2i+1)``; otherwise ``(i, i + head_dim/2)``.
+    """
+    if interleaved:
+        rotated = torch.stack((-input[..., 1::2], input[..., ::2]), dim=-1).flatten(-2)
+    else:
+        half = input.shape[-1] // 2
+        rotated = torch.cat((-input[..., half:], input[..., :half]), dim=-1)
+    return input * cos + rotated * sin
+
+
+def linear_nbits(
+    input: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    block: int,
+    int8_activations: bool,
+) -> Tensor:
+    """A linear layer whose weight is stored in blocks of 2, 4 or 8 bits.
+
+    Args:
+        input: ``[..., in]``.
+        packed: Codes as uint8, ``[out, blocks, block * bits / 8]``, low bits first.
+        scales: One per block, ``[out, blocks]``.
+        zero_points: Packed likewise along the blocks, ``[out, ceil(blocks * bits / 8)]``; None
+            means ``2**(bits - 1)`` (symmetric).
+        bias: ``[out]`` or None.
+        bits: 2, 4 or 8.
+        block: Weights along `in` that share a scale.
+        int8_activations: Round each block of `input` to 8 bits as the fast kernels do
+            (``scale = max|x| / 127`` per row and block, half to even).
+    """
+    in_features = input.shape[-1]
+    weight = dequantize(packed, scales, zero_points, bits, block, in_features).to(input.dtype)
+    rounded = round_to_int8(input, block) if int8_activations else input
+    return torch.nn.functional.linear(rounded, weight, bias)
+
+
+def round_to_int8(input: Tensor, block: int) -> Tensor:
+    """`input` as a kernel with 8-bit activations sees it: blocks of the last axis rounded."""
+    width = input.shape[-1]
+    padded = torch.nn.functional.pad(input, (0, -width % block))
+    grouped = padded.unflatten(-1, (padded.shape[-1] // block, block))
+    scale = grouped.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((grouped / scale).round() * scale).flatten(-2)[..., :width]
+
+
+def embedding_nbits(
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    indices: Tensor,
+    bits: int,
+    block: int,
+    features: int,
+) -> Tensor:
+    """Rows of a table stored in blocks of 2, 4 or 8 bits; layouts as in `linear_nbits`.
+
+    Args:
+        indices: Rows to read, any shape.
+        features: Width of a row.
+    """
+    zeros = None if zero_points is None else zero_points[indices]
+    return dequantize(packed[indices], scales[indices], zeros, bits, block, features)
+
+
+def selective_scan(input: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The recurrence of a selective state-space layer (Mamba), from a zero state.
+
+    ``state_t = exp(delta_t a) state_(t-1) + delta_t b_t input_t`` and ``y_t = <c_t, state_t>``.
+
+    Args:
+        input: ``[batch, channels, sequence]``.
+        delta: Step sizes, as `input`.
+        a: ``[channels, states]``, negative.
+        b: ``[batch, states, sequence]``.
+        c: As `b`.
+
+    Returns:
+        ``[batch, channels, sequence]``.
+    """
+    decay = torch.exp(delta.unsqueeze(-1) * a[None, :, None, :])
+    update = (delta * input).unsqueeze(-1) * b.transpose(1, 2).unsqueeze(1)
+    state = torch.zeros_like(update[:, :, 0])
+    outputs: list[Tensor] = []
+    for step in range(input.shape[-1]):
+        state = decay[:, :, step] * state + update[:, :, step]
+        outputs.append(torch.matmul(state, c[:, :, step].unsqueeze(-1)).squeeze(-1))
+    return torch.stack(outputs, dim=-1)
+
+
+def grouped_linear(input: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Linear layers of experts over rows that are sorted by expert.
+
+    Args:
+        input: ``[rows, in]``; the rows of expert `e` end at ``offsets[e]``.
+        weight: ``[experts, out, in]``.
+        offsets: Cumulative row counts, ``[experts]``, integers.
+
+    Returns:
+        ``[rows, out]``; rows past the last offset are zero.
+    """
+    output = input.new_zeros(input.shape[0], weight.shape[1])
+    start = 0
+    for expert, stop in enumerate(offsets.tolist()):
+        output[start:stop] = torch.nn.functional.linear(input[start:stop], weight[expert])
+        start = stop
+    return output
+
+
+def _define(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lamella::{name}", fake, lib=_library)
+
+
+def _fake_linear_nbits(
+    input: Tensor, packed: Tensor, scales: Tensor, *_: object, **__: object
+) -> Tensor:
+    return input.new_empty((*input.shape[:-1], packed.shape[0]))
+
+
+def _fake_embedding_nbits(
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    indices: Tensor,
+    bits: int,
+    block: int,
+    features: int,
+) -> Tensor:
+    return scales.new_empty((*indices.shape, features))
+
+
+_define(
+    "rotary_embedding(Tensor input, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor",
+    rotary_embedding,
+    lambda input, cos, sin, interleaved=False: torch.empty_like(
+        input, memory_format=torch.contiguous_format
+    ),
+)
+_define(
+    "linear_nbits(Tensor input, Tensor packed, Tensor scales, Tensor? zero_points, Tensor? bias, "
+    "int bits, int block, bool int8_activations) -> Tensor",
+    linear_nbits,
+    _fake_linear_nbits,
+)
+_define(
+    "embedding_nbits(Tensor packed, Tensor scales, Tensor? zero_points, Tensor indices, int bits, "
+    "int block, int features) -> Tensor",
+    embedding_nbits,
+    _fake_embedding_nbits,
+)
+_define(
+    "selective_scan(Tensor input, Tensor delta, Tensor a, Tensor b, Tensor c) -> Tensor",
+    selective_scan,
+    lambda input, delta, a, b, c: torch.empty_like(
+        input, memory_format=torch.contiguous_format
+    ),
+)
+_define(
+    "grouped_linear(Tensor input, Tensor weight, Tensor offsets) -> Tensor",
+    grouped_linear,
+    lambda input, weight, offsets: input.new_empty((input.shape[0], weight.shape[1])),
+)
+
+REFERENCE: Mapping[Callable[..., object], Callable[..., Tensor]] = MappingProxyType(
+    {
+        torch.ops.lamella.rotary_embedding.default: rotary_embedding,
+        torch.ops.lamella.linear_nbits.default: linear_nbits,
+        torch.ops.lamella.embedding_nbits.default: embedding_nbits,
+        torch.ops.lamella.selective_scan.default: selective_scan,
+        torch.ops.lamella.grouped_linear.default: grouped_linear,
+    }
+)
+"""Each operator of Lamella -> the same in plain PyTorch."""

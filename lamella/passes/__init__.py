@@ -1,0 +1,1 @@
+"""Passes: the contract, the manager, analyses and transforms."""

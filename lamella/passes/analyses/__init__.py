@@ -1,0 +1,1 @@
+"""Analyses: questions about a graph and their reports."""

@@ -1,0 +1,1 @@
+"""Transforms: edits of a graph."""

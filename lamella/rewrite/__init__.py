@@ -1,0 +1,1 @@
+"""Rewrite rules: patterns, rules, the driver, and canonicalization."""

@@ -1,0 +1,1 @@
+"""Rule tables: one subject each, operator to rule."""
