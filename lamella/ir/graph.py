@@ -204,9 +204,7 @@ class Graph:
         return node
 
     def replace(self, old: Node, new: Node) -> None:
-        """Let every reader of `old` read `new`; `old` stays until `finish`.
-
-        Readers that come before `new` keep reading `old` if `new` itself depends on `old`.
+        """Let every reader of `old` but `new` itself read `new`; `old` stays until `finish`.
 
         Raises:
             GraphError: `old` and `new` differ in shape rank or dtype.
@@ -218,10 +216,7 @@ class Graph:
                     f"{new.name} ({now.dtype}, {now.ndim} dims) can't replace {old.name} "
                     f"({was.dtype}, {was.ndim} dims)"
                 )
-        upstream = new.all_input_nodes
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        if old in upstream and new not in old.users:
-            old.users.setdefault(new)
         self._touch()
 
     def set_operand(self, node: Node, name: str, value: Any) -> None:
