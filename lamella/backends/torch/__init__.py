@@ -1,0 +1,1 @@
+"""The PyTorch backends: the graph as it is (eager), and compiled ahead of time (aot)."""
