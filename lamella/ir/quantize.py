@@ -1,0 +1,292 @@
+"""Weights on grids of 2, 4 and 8 bits: formats, their bytes, and rounding to nearest.
+
+A weight ``[..., out, in]`` is cut along `in` into blocks that share a scale ``s`` and a zero
+``z``. Codes are unsigned, and a weight is read back as ``s * (code - z)``:
+
+- symmetric, full range: ``s = -m / 2**(bits-1)`` for the entry ``m`` of largest magnitude (the
+  scale may be negative, so that ``m`` falls on the end of the range that reaches further), and
+  ``z = 2**(bits-1)``;
+- asymmetric: ``lo = min(w, 0)``, ``hi = max(w, 0)``, ``s = (hi - lo) / (2**bits - 1)`` and
+  ``z = round(-lo / s)``.
+
+The scale is then shrunk by the factors of `SHRINK` and the one with the least squared error is
+kept, each block for itself. Codes are computed from the scale *as it is stored*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lamella.ir.packing import dequantize, pack
+
+BITS = (2, 4, 8, 32)
+"""Widths of a format; 32 means that the weight stays as it is."""
+
+BLOCKS = (32, 64, 128)
+"""Weights that share a scale."""
+
+SCALE_DTYPES = (torch.float16, torch.float32)
+"""How scales may be stored."""
+
+SHRINK = MappingProxyType(
+    {
+        2: tuple(1 - 0.02 * step for step in range(26)),
+        4: tuple(1 - 0.015 * step for step in range(21)),
+        # Rounding at 8 bits leaves little to clip: only near the full range there is a gain.
+        8: tuple(1 - 0.0025 * step for step in range(9)),
+    }
+)
+"""Factors by which a scale is shrunk in the search, by bit width."""
+
+_CHUNK = 1 << 18
+"""Entries of a weight that are worked on at a time; a few buffers of it fit into a cache."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the entries of a weight are stored.
+
+    Attributes:
+        bits: 2, 4, 8, or 32 for a weight that stays as it is.
+        block: Entries along the last axis that share a scale: 32, 64 or 128.
+        symmetric: Zero is the code ``2**(bits-1)``; otherwise each block stores its zero.
+        scale_dtype: float16 or float32.
+
+    Raises:
+        ValueError: A field is not one of these.
+    """
+
+    bits: int = 4
+    block: int = 32
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        _one_of("bits", self.bits, BITS)
+        _one_of("block", self.block, BLOCKS)
+        _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+
+    def __str__(self) -> str:
+        if self.bits == 32:
+            return "as it is"
+        return f"{self.bits} bits/{self.block}{'' if self.symmetric else ' with zeros'}"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in codes, laid out as `lamella::linear_nbits` and `embedding_nbits` read it.
+
+    Attributes:
+        packed: uint8, ``[..., blocks, block * bits / 8]``.
+        scales: ``[..., blocks]`` of the format's dtype.
+        zero_points: uint8, ``[..., ceil(blocks * bits / 8)]``, or None when symmetric.
+        format: The format.
+        shape: The shape of the weight.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    format: Format
+    shape: tuple[int, ...]
+
+    def dequantized(self) -> Tensor:
+        """The weight that the codes stand for, as float32."""
+        f = self.format
+        scales = self.scales.float()
+        return dequantize(self.packed, scales, self.zero_points, f.bits, f.block, self.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        tensors = (self.packed, self.scales, self.zero_points)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def weight_bytes(shape: Sequence[int], format: Format, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of a weight of `shape` stored in `format`: codes, scales and zeros, exactly.
+
+    Args:
+        shape: ``[..., in]``.
+        format: The format.
+        dtype: What the weight has when its format leaves it as it is.
+    """
+    *rows, features = shape
+    if format.bits == 32:
+        return math.prod(shape) * dtype.itemsize
+    blocks = math.ceil(features / format.block)
+    row = blocks * (format.block * format.bits // 8 + format.scale_dtype.itemsize)
+    if not format.symmetric:
+        row += math.ceil(blocks * format.bits / 8)
+    return math.prod(rows) * row
+
+
+def quantize(weight: Tensor, format: Format, importance: Tensor | None = None) -> Quantized:
+    """Round `weight` to nearest on the grid of `format`, with searched scales.
+
+    Args:
+        weight: Floating point, ``[..., in]``.
+        format: Of 2, 4 or 8 bits.
+        importance: How much the squared error of each column counts, ``[in]``, not negative
+            (for instance the mean square of the inputs); None counts all alike.
+
+    Raises:
+        ValueError: The format has 32 bits, the weight has less than two axes or an entry that
+            is NaN or infinite, or `importance` doesn't fit.
+    """
+    rows, blocks = _rows_and_blocks(weight, format, importance)
+    per_byte = 8 // format.bits
+    packed = torch.empty(rows, blocks, format.block // per_byte, dtype=torch.uint8)
+    scales = torch.empty(rows, blocks, dtype=format.scale_dtype)
+    zeros = None if format.symmetric else torch.empty(rows, blocks, dtype=torch.uint8)
+    for start, grid in _grids(weight, format, importance):
+        count = grid.scale.numel() // blocks
+        codes = grid.codes().t().reshape(count, blocks, format.block)
+        packed[start : start + count] = pack(codes, format.bits)
+        scales[start : start + count] = grid.scale.reshape(count, blocks)
+        if zeros is not None:
+            zeros[start : start + count] = grid.zero.reshape(count, blocks).to(torch.uint8)
+    leading = weight.shape[:-1]
+    return Quantized(
+        packed.reshape(*leading, blocks, -1),
+        scales.reshape(*leading, blocks),
+        None if zeros is None else pack(zeros, format.bits).reshape(*leading, -1),
+        format,
+        tuple(weight.shape),
+    )
+
+
+def dequantized(weight: Tensor, format: Format, importance: Tensor | None = None) -> Tensor:
+    """What `weight` becomes in `format`: as ``quantize(...).dequantized()``, without packing.
+
+    Returns:
+        A new tensor of the shape and dtype of `weight`; `weight` itself for 32 bits.
+
+    Raises:
+        ValueError: As `quantize`.
+    """
+    if format.bits == 32:
+        return weight
+    _, blocks = _rows_and_blocks(weight, format, importance)
+    features = weight.shape[-1]
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    flat = result.view(-1, features)
+    for start, grid in _grids(weight, format, importance):
+        count = grid.scale.numel() // blocks
+        values = ((grid.codes() - grid.zero) * grid.scale).t().reshape(count, -1)
+        flat[start : start + count] = values[:, :features]
+    return result
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Blocks of a weight as columns, ``[block, blocks]``, and the grid chosen for each."""
+
+    entries: Tensor
+    scale: Tensor
+    zero: Tensor
+    top: int
+
+    def codes(self) -> Tensor:
+        """Codes in ``[0, top]`` as float32, ``[block, blocks]``."""
+        return (self.entries / self.scale).round_().add_(self.zero).clamp_(0, self.top)
+
+    def error(self, importance: Tensor | None, buffer: Tensor) -> Tensor:
+        """Squared error of each block, weighted by `importance`; ``[blocks]``."""
+        torch.div(self.entries, self.scale, out=buffer)
+        buffer.round_()
+        torch.clamp(buffer, -self.zero, self.top - self.zero, out=buffer)
+        torch.addcmul(self.entries, buffer, self.scale, value=-1, out=buffer)
+        buffer.square_()
+        return buffer.sum(0) if importance is None else buffer.mul_(importance).sum(0)
+
+
+def _grids(
+    weight: Tensor, format: Format, importance: Tensor | None
+) -> Iterator[tuple[int, _Grid]]:
+    """The first row and the grids of each chunk of rows."""
+    flat = weight.detach().reshape(-1, weight.shape[-1])
+    features = weight.shape[-1]
+    pad = -features % format.block
+    step = max(1, _CHUNK // (features + pad))
+    columns = None
+    if importance is not None:
+        padded = functional.pad(importance.float(), (0, pad))
+        columns = padded.reshape(-1, format.block).t()
+    for start in range(0, flat.shape[0], step):
+        chunk = functional.pad(flat[start : start + step].float(), (0, pad))
+        entries = chunk.reshape(-1, format.block).t().contiguous()
+        tiled = None if columns is None else columns.repeat(1, chunk.shape[0])
+        yield start, _searched(entries, format, tiled)
+
+
+def _searched(entries: Tensor, format: Format, importance: Tensor | None) -> _Grid:
+    """The grid of least error among the shrunk ones."""
+    low, high = entries.amin(0), entries.amax(0)
+    if not torch.isfinite(high - low).all():
+        count = int((~torch.isfinite(entries)).sum())
+        raise ValueError(f"{max(count, 1)} entries are NaN, infinite or out of range")
+    buffer = torch.empty_like(entries)
+    candidates = [_grid(entries, low, high, format, shrink) for shrink in SHRINK[format.bits]]
+    best = candidates[0]
+    least = best.error(importance, buffer)
+    scale, zero = best.scale.clone(), best.zero.clone()
+    for candidate in candidates[1:]:
+        error = candidate.error(importance, buffer)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, candidate.scale, scale)
+        zero = torch.where(better, candidate.zero, zero)
+    return _Grid(entries, scale, zero, best.top)
+
+
+def _grid(entries: Tensor, low: Tensor, high: Tensor, format: Format, shrink: float) -> _Grid:
+    """The grid that covers ``[low, high]`` shrunk towards zero, with the scale as stored."""
+    top = (1 << format.bits) - 1
+    if format.symmetric:
+        half = 1 << (format.bits - 1)
+        extreme = torch.where(-low >= high, low, high)
+        scale = _stored(extreme * (-shrink / half), format)
+        return _Grid(entries, scale, torch.full_like(scale, float(half)), top)
+    low, high = low.clamp(max=0) * shrink, high.clamp(min=0) * shrink
+    scale = _stored((high - low) / top, format)
+    return _Grid(entries, scale, (-low / scale).round_().clamp_(0, top), top)
+
+
+def _stored(scale: Tensor, format: Format) -> Tensor:
+    """`scale` as its dtype stores it, never zero and never infinite; a block of zeros has 1."""
+    info = torch.finfo(format.scale_dtype)
+    magnitude = scale.abs().clamp(info.smallest_normal * info.eps, info.max)
+    rounded = torch.copysign(magnitude, scale).to(format.scale_dtype).float()
+    return torch.where(scale == 0, torch.ones_like(scale), rounded)
+
+
+def _rows_and_blocks(weight: Tensor, format: Format, importance: Tensor | None) -> tuple[int, int]:
+    if format.bits == 32:
+        raise ValueError("a format of 32 bits leaves a weight as it is; there are no codes")
+    if weight.ndim < 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"a weight to quantize is floating point with at least two axes, got {weight.dtype} "
+            f"{list(weight.shape)}"
+        )
+    features = weight.shape[-1]
+    if importance is not None:
+        if importance.shape != (features,):
+            raise ValueError(
+                f"importance has shape {list(importance.shape)}, the weight has {features} columns"
+            )
+        if not (torch.isfinite(importance).all() and (importance >= 0).all()):
+            raise ValueError("importance holds entries that are negative, NaN or infinite")
+    return math.prod(weight.shape[:-1]), math.ceil(features / format.block)
+
+
+def _one_of(name: str, value: object, known: Sequence[object]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value}")
