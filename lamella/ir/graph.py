@@ -9,7 +9,7 @@ replaced, never written into.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from lamella.errors import GraphError
 from lamella.ir import ops
+from lamella.ir.quantize import Format
 from lamella.ir.signature import Signature
 from lamella.ir.torch_private import FakeTensorMode, detect_fake_mode, tree_map
 from lamella.ir.weights import Origin, WeightSource, not_loaded
@@ -42,6 +43,7 @@ class Graph:
         self.signature = signature
         self.origin = origin or Origin()
         self.source = source
+        self.plan: Mapping[str, Format] = {}
         self._edits = 0
         self._author = "capture"
         self._fake_mode: FakeTensorMode | None = None
@@ -330,6 +332,7 @@ class Graph:
             set_tensor(root, str(node.target), self._tensor(str(node.target)))
         module = fx.GraphModule(root, twin)
         graph = Graph(module, self.signature, origin=self.origin, source=self.source)
+        graph.plan = self.plan
         graph._fake_mode = self._fake_mode
         graph._edits = self._edits
         return graph
@@ -339,6 +342,7 @@ class Graph:
         twin = saved.copy()
         self._module = twin._module
         self.signature, self.origin, self.source = twin.signature, twin.origin, twin.source
+        self.plan = twin.plan
         self._touch()
 
     def __str__(self) -> str:

@@ -52,7 +52,8 @@ def linear_nbits(
     Args:
         input: ``[..., in]``.
         packed: Codes as uint8, ``[out, blocks, block * bits / 8]``, low bits first.
-        scales: One per block, ``[out, blocks]``.
+        scales: One per block, ``[out, blocks]``; their dtype is how they are stored (float16 or
+            float32), whatever that of `input`.
         zero_points: Packed likewise along the blocks, ``[out, ceil(blocks * bits / 8)]``; None
             means ``2**(bits - 1)`` (symmetric).
         bias: ``[out]`` or None.
@@ -62,7 +63,9 @@ def linear_nbits(
             (``scale = max|x| / 127`` per row and block, half to even).
     """
     in_features = input.shape[-1]
-    weight = dequantize(packed, scales, zero_points, bits, block, in_features).to(input.dtype)
+    # Products of codes and float16 scales are exact in float32, and kernels compute them there.
+    wide = scales.to(torch.promote_types(scales.dtype, torch.float32))
+    weight = dequantize(packed, wide, zero_points, bits, block, in_features).to(input.dtype)
     rounded = round_to_int8(input, block) if int8_activations else input
     return torch.nn.functional.linear(rounded, weight, bias)
 
@@ -87,6 +90,8 @@ def embedding_nbits(
     features: int,
 ) -> Tensor:
     """Rows of a table stored in blocks of 2, 4 or 8 bits; layouts as in `linear_nbits`.
+
+    The result has the dtype of `scales`; a cast follows where the model goes on in another.
 
     Args:
         indices: Rows to read, any shape.
