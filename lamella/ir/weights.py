@@ -45,6 +45,8 @@ class Origin:
         folder: The folder or file the model was read from, or None.
         transposed: Weights held as ``[out, in]`` that the checkpoint stores as ``[in, out]``.
         aliases: Other names of tied weights -> the name the graph uses.
+        dropped: Blocks and sublayers that passes took out, by name, in the order in which they
+            went: what a checkpoint writer must leave out of the config.
     """
 
     kind: str = "module"
@@ -53,6 +55,7 @@ class Origin:
     folder: str | None = None
     transposed: frozenset[str] = frozenset()
     aliases: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def with_transposed(self, name: str) -> Origin:
         """The same origin, with `name` marked as stored the other way round."""
