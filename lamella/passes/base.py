@@ -1,0 +1,264 @@
+"""What a pass is: a transform edits a graph, an analysis answers a question about it.
+
+Both are frozen dataclasses whose fields are their options. `Analyses` hands out the results of
+analyses: each is computed once for a state of the graph, and never given for another state.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+
+from torch import Tensor
+
+from lamella.data import Samples
+from lamella.errors import PassError, SamplesError
+from lamella.ir.graph import Graph
+
+if TYPE_CHECKING:
+    from lamella.ir.runner import Request
+
+R = TypeVar("R")
+
+
+class Effect(enum.Enum):
+    """What a transform does to the outputs of the model; the manager checks it.
+
+    `EXACT` leaves them as they are up to the rounding of another order of summation,
+    `ROUNDING` may round intermediate values to a narrower type, `LOSSY` trades quality for
+    something and has its loss measured.
+    """
+
+    EXACT = "exact"
+    ROUNDING = "rounding"
+    LOSSY = "lossy"
+
+
+class Transform(abc.ABC):
+    """An edit of a graph. Subclasses are frozen dataclasses; their fields are the options.
+
+    Attributes:
+        name: As in recipes and on the command line: ``"drop-blocks"``.
+        effect: What the transform promises about the outputs.
+    """
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect]
+
+    @abc.abstractmethod
+    def run(self, graph: Graph, analyses: Analyses) -> None:
+        """Edit `graph` through its methods; dead code and checks are the manager's business."""
+
+    @property
+    def spelling(self) -> str:
+        """The pass as text, ``"drop-blocks count=2 by=lim"``; it parses back to an equal pass."""
+        return spelling_of(self)
+
+
+class Analysis(abc.ABC, Generic[R]):
+    """A question about a graph. Subclasses are frozen dataclasses, and so their own cache key.
+
+    Attributes:
+        name: As in recipes and on the command line: ``"cost"``.
+    """
+
+    name: ClassVar[str]
+
+    def requests(self, graph: Graph) -> tuple[Request, ...]:
+        """The statistics of `graph` that `run` will ask `Analyses.statistics` for.
+
+        They are declared beforehand so that several analyses share one run of the samples.
+        """
+        return ()
+
+    @abc.abstractmethod
+    def run(self, graph: Graph, analyses: Analyses) -> R:
+        """The answer, a frozen report. Never edits `graph`."""
+
+    @property
+    def spelling(self) -> str:
+        """The analysis as text; it parses back to an equal analysis."""
+        return spelling_of(self)
+
+
+class Analyses:
+    """The results of analyses of one graph, each computed once per state of the graph.
+
+    Attributes:
+        samples: Calibration inputs, or None.
+        strict: Whether a fallback is an error instead of a remark.
+    """
+
+    def __init__(
+        self, graph: Graph, samples: Samples | None = None, *, strict: bool = False
+    ) -> None:
+        """Answers about `graph`, with `samples` for the analyses that need data."""
+        self.graph = graph
+        self.samples = samples
+        self.strict = strict
+        self._results: dict[Analysis[Any], Any] = {}
+        self._statistics: dict[Request, Tensor] = {}
+        self._state = graph.edits
+        self._asking: list[str] = []
+        self._remarks: list[str] = []
+
+    def get(self, analysis: Analysis[R]) -> R:
+        """The answer of `analysis` for the graph as it is now.
+
+        The key is the analysis with its options, the edit count of the graph and the digest of
+        the samples, so a stale answer is never given.
+
+        Raises:
+            PassError: The analysis edited the graph.
+        """
+        self._forget_stale()
+        if analysis in self._results:
+            return cast(R, self._results[analysis])
+        before = self.graph.edits
+        self._asking.append(analysis.name)
+        try:
+            result = analysis.run(self.graph, self)
+        except Exception as error:
+            error.add_note(f"in analysis {spelling_of(analysis)!r}")
+            raise
+        finally:
+            self._asking.pop()
+        if self.graph.edits != before:
+            raise PassError(
+                f"analysis {analysis.name!r} edited the graph "
+                f"({self.graph.edits - before} edits); an analysis only looks, make it a transform"
+            )
+        self._results[analysis] = result
+        return result
+
+    def get_all(self, *analyses: Analysis[Any]) -> tuple[Any, ...]:
+        """The answers of several analyses; the samples run once for all of them."""
+        self._forget_stale()
+        wanted = [
+            request
+            for analysis in analyses
+            if analysis not in self._results
+            for request in analysis.requests(self.graph)
+        ]
+        if wanted:
+            self.statistics(wanted)
+        return tuple(self.get(analysis) for analysis in analyses)
+
+    def statistics(self, requests: Iterable[Request]) -> Mapping[Request, Tensor]:
+        """Statistics of the samples; what is known is not computed again.
+
+        Raises:
+            SamplesError: There are no samples.
+        """
+        from lamella.ir.runner import run_requests  # noqa: PLC0415  (moves up when it exists)
+
+        self._forget_stale()
+        wanted = list(dict.fromkeys(requests))
+        missing = [request for request in wanted if request not in self._statistics]
+        if missing:
+            samples = self.need_samples()
+            self._statistics.update(run_requests(self.graph, samples, missing))
+        return {request: self._statistics[request] for request in wanted}
+
+    def need_samples(self) -> Samples:
+        """The samples.
+
+        Raises:
+            SamplesError: There are none; the message names the analysis that asks.
+        """
+        if self.samples is None:
+            who = f"analysis {self._asking[-1]!r}" if self._asking else "this pass"
+            raise SamplesError(f"{who} needs data; pass samples=, an iterable of input dicts")
+        return self.samples
+
+    def remark(self, text: str) -> None:
+        """Report that something was skipped or done another way than asked for.
+
+        Raises:
+            PassError: The compilation is strict.
+        """
+        if self.strict:
+            raise PassError(f"{text} (an error because strict=True)")
+        self._remarks.append(text)
+
+    def take_remarks(self) -> tuple[str, ...]:
+        """The remarks since the last call, in order."""
+        taken, self._remarks = tuple(dict.fromkeys(self._remarks)), []
+        return taken
+
+    def _forget_stale(self) -> None:
+        """Drop what was computed for another state: edit counts never come back."""
+        if self.graph.edits != self._state:
+            self._results.clear()
+            self._statistics.clear()
+            self._state = self.graph.edits
+
+
+def options_of(a_pass: Transform | Analysis[Any]) -> dict[str, Any]:
+    """The options of a pass by name, as they are."""
+    fields = dataclasses.fields(cast(Any, a_pass))
+    return {field.name: getattr(a_pass, field.name) for field in fields if field.init}
+
+
+def spelling_of(a_pass: Transform | Analysis[Any]) -> str:
+    """The name of a pass and its options that differ from the defaults."""
+    words = [a_pass.name]
+    for field in dataclasses.fields(cast(Any, a_pass)):
+        value = getattr(a_pass, field.name)
+        if field.init and not _is_default(field, value):
+            words.append(f"{field.name.replace('_', '-')}={shlex.quote(text_of_value(value))}")
+    return " ".join(words)
+
+
+def text_of_value(value: object) -> str:
+    """An option as text: ``2``, ``lim``, ``1,2,3``, ``none``, ``true``; JSON where it must be."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, str):
+        return json.dumps(value) if _is_ambiguous(value) else value
+    if isinstance(value, Mapping):
+        pairs = cast(Mapping[str, object], value).items()
+        return json.dumps({name: plain(item) for name, item in pairs})
+    if isinstance(value, tuple | list):
+        items = [text_of_value(item) for item in cast(Iterable[object], value)]
+        simple = items and not any(set(item) & set(',"[]{}') for item in items)
+        return ",".join(items) if simple else json.dumps(plain(value))
+    return str(value)
+
+
+def plain(value: object) -> Any:
+    """An option as data for JSON and YAML: numbers, strings, lists, mappings, None."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        pairs = cast(Mapping[str, object], value).items()
+        return {str(name): plain(item) for name, item in pairs}
+    if isinstance(value, tuple | list | set | frozenset):
+        return [plain(item) for item in cast(Iterable[object], value)]
+    return str(value)
+
+
+def _is_ambiguous(text: str) -> bool:
+    return text == "" or text.lower() == "none" or text[0] in '"[{' or text != text.strip()
+
+
+def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
+    if field.default is not dataclasses.MISSING:
+        default = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    else:
+        return False
+    return type(default) is type(value) and default == value
