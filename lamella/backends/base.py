@@ -1,0 +1,137 @@
+"""What a backend is, and what it makes: an executable with the signature of the model."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from torch import Tensor
+
+from lamella.backends.artifact import Description, save_artifact
+from lamella.errors import UnsupportedError
+from lamella.ir.signature import Signature
+
+if TYPE_CHECKING:
+    from lamella.ir.graph import Graph
+    from lamella.report import Report
+
+
+class Executable(abc.ABC):
+    """A model that was lowered: callable like the model, with tensors in and out.
+
+    Attributes:
+        backend: Name of the backend that made it.
+        signature: Inputs and outputs of the model.
+        report: What the compilation did, or None when the graph was lowered on its own.
+        recipe: The passes as data (anything JSON can hold), written into the manifest.
+    """
+
+    backend: ClassVar[str]
+
+    def __init__(self, signature: Signature, report: Report | None = None) -> None:
+        """Subclasses call this first."""
+        self.signature = signature
+        self.report = report
+        self.recipe: Any = None
+
+    @final
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as the model is called; the result has the model's output type.
+
+        Raises:
+            SamplesError: An input is missing, unknown, or of another dtype or shape.
+        """
+        values = self.signature.flatten(args, kwargs)
+        return self.signature.unflatten(self.run(values))
+
+    @abc.abstractmethod
+    def run(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The flat outputs of flat inputs, in the order of the signature.
+
+        Raises:
+            SamplesError: An input is of another dtype or shape than the model takes.
+        """
+
+    @property
+    @abc.abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are stored."""
+
+    @property
+    @abc.abstractmethod
+    def file_bytes(self) -> int:
+        """Bytes of the files that `save` writes, without the manifest."""
+
+    @abc.abstractmethod
+    def write_files(self, folder: Path) -> Mapping[str, Any]:
+        """Write the files of this executable into an empty folder.
+
+        Returns:
+            What `load` of the backend needs beside the files, as data for the manifest.
+        """
+
+    @final
+    def save(self, folder: str | Path) -> None:
+        """Save into `folder`, to be read back by `lamella.load`.
+
+        Everything is written beside the folder, synced to disk and renamed: a failure leaves
+        what was there before. A folder that holds an older artifact is replaced.
+
+        Args:
+            folder: New, empty, or an artifact saved before.
+
+        Raises:
+            ArtifactError: `folder` holds something else.
+            OSError: The disk is full, or the folder can't be written.
+        """
+        description = Description(
+            backend=self.backend,
+            signature=self.signature.to_json(),
+            recipe=self.recipe,
+            report=None if self.report is None else self.report.to_json(),
+        )
+        save_artifact(Path(folder), description, self.write_files, self.file_bytes)
+
+
+class Backend(abc.ABC):
+    """Turns graphs into executables.
+
+    Attributes:
+        name: How users ask for it.
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def unsupported(self, graph: Graph) -> dict[str, int]:
+        """Every operator the backend can't lower, with how often it occurs; quick."""
+
+    @abc.abstractmethod
+    def lower(self, graph: Graph, report: Report | None = None) -> Executable:
+        """The executable of a canonical graph, which is left as it is.
+
+        Raises:
+            UnsupportedError: Some operators can't be lowered; all are listed.
+        """
+
+    @final
+    def check(self, graph: Graph) -> None:
+        """Refuse a graph that can't be lowered.
+
+        Raises:
+            UnsupportedError: Some operators can't be lowered; all are listed.
+        """
+        gaps = self.unsupported(graph)
+        if gaps:
+            listed = ", ".join(f"{name} (x{count})" for name, count in gaps.items())
+            raise UnsupportedError(
+                f"the {self.name} backend can't lower {listed}; use another backend or keep "
+                f"these operators out of the graph"
+            )
+
+
+def tensor_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
