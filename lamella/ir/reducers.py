@@ -1,0 +1,178 @@
+"""What is kept of a value while samples run: sums, maxima, Gram matrices, angles.
+
+A reducer sees a value as rows, one per token, with padding taken out; a value with one channel
+axis of any place is laid out as ``[tokens, channels]`` first. Sums over tokens are kept in
+float64 where they are small, so that a statistic does not depend on how samples are batched.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+State = tuple[Tensor, ...]
+
+_ROWS = 1024
+
+
+class Reducer(abc.ABC):
+    """A running statistic of one value, or of several values of the same tokens.
+
+    Subclasses are frozen dataclasses: a reducer is part of the key of its result.
+
+    Attributes:
+        arity: How many values it reads.
+    """
+
+    arity: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """The state after more tokens; None before the first.
+
+        Args:
+            state: What the last call returned.
+            values: ``[tokens, channels]``, as many as `arity`, in the dtype of the graph.
+        """
+
+    @abc.abstractmethod
+    def result(self, state: State) -> Tensor:
+        """The statistic of all tokens."""
+
+
+@dataclass(frozen=True)
+class Mean(Reducer):
+    """Mean over tokens, float64 ``[channels]``."""
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """Sum and count."""
+        (value,) = values
+        return _summed(state, value.double().sum(0), value.shape[0])
+
+    def result(self, state: State) -> Tensor:
+        """``[channels]``."""
+        return state[0] / state[1]
+
+
+@dataclass(frozen=True)
+class MeanSquare(Reducer):
+    """Mean over tokens of the square, float64 ``[channels]``."""
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """Sum of squares and count."""
+        (value,) = values
+        return _summed(state, value.double().square().sum(0), value.shape[0])
+
+    def result(self, state: State) -> Tensor:
+        """``[channels]``."""
+        return state[0] / state[1]
+
+
+@dataclass(frozen=True)
+class MaxAbs(Reducer):
+    """The largest magnitude over tokens, ``[channels]`` in the dtype of the value."""
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """The maximum so far."""
+        (value,) = values
+        if value.shape[0] == 0:
+            return state or (value.new_zeros(value.shape[1:]),)
+        largest = value.abs().amax(0)
+        return (largest if state is None else torch.maximum(state[0], largest),)
+
+    def result(self, state: State) -> Tensor:
+        """``[channels]``."""
+        return state[0]
+
+
+@dataclass(frozen=True)
+class Count(Reducer):
+    """The number of tokens, an int64 scalar."""
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """The count so far."""
+        count = torch.tensor(values[0].shape[0])
+        return (count if state is None else state[0] + count,)
+
+    def result(self, state: State) -> Tensor:
+        """A scalar."""
+        return state[0]
+
+
+@dataclass(frozen=True)
+class Gram(Reducer):
+    """The mean over tokens of the outer product, ``X^T X / tokens``, ``[channels, channels]``.
+
+    Attributes:
+        double: Multiply and keep in float64, for ill-conditioned inputs; otherwise float32.
+    """
+
+    double: bool = False
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """``X^T X`` and the count."""
+        (value,) = values
+        rows = value.double() if self.double else value.float()
+        return _summed(state, rows.t() @ rows, value.shape[0])
+
+    def result(self, state: State) -> Tensor:
+        """Symmetric, ``[channels, channels]``."""
+        return (state[0] / state[1]).to(state[0].dtype)
+
+
+@dataclass(frozen=True)
+class MeanCosine(Reducer):
+    """Mean over tokens of the cosine of two values, a float64 scalar in [-1, 1]."""
+
+    arity: ClassVar[int] = 2
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """Sum of cosines and count."""
+        first, second = (value.float() for value in values)
+        cosines = functional.cosine_similarity(first, second, dim=-1, eps=1e-12)
+        return _summed(state, cosines.double().sum(), first.shape[0])
+
+    def result(self, state: State) -> Tensor:
+        """A scalar."""
+        return state[0] / state[1]
+
+
+@dataclass(frozen=True)
+class MeanDivergence(Reducer):
+    """Mean over tokens of ``KL(softmax(first) || softmax(second))`` in nats, a float64 scalar."""
+
+    arity: ClassVar[int] = 2
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """Sum of divergences and count."""
+        first, second = values
+        total = sum(
+            divergence(first[start : start + _ROWS], second[start : start + _ROWS]).sum()
+            for start in range(0, first.shape[0], _ROWS)
+        )
+        return _summed(state, torch.as_tensor(total, dtype=torch.float64), first.shape[0])
+
+    def result(self, state: State) -> Tensor:
+        """A scalar."""
+        return state[0] / state[1]
+
+
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """``KL(softmax(reference) || softmax(logits))`` in nats over the last axis, as float64.
+
+    Computed from float32 log-probabilities and summed in float64; rounding can make it
+    negative by about 1e-7, which is left as it is.
+    """
+    p = functional.log_softmax(reference.float(), dim=-1)
+    q = functional.log_softmax(logits.float(), dim=-1)
+    return (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+
+
+def _summed(state: State | None, total: Tensor, count: int) -> State:
+    counted = torch.tensor(float(count), dtype=torch.float64)
+    return (total, counted) if state is None else (state[0] + total, state[1] + counted)
