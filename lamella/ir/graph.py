@@ -134,7 +134,8 @@ class Graph:
             return tensor
         if self.source is None or name not in self.source.names():
             raise not_loaded(name)
-        return self.source.read(name)
+        stored = self.source.read(name)
+        return stored.mT if name in self.origin.transposed else stored
 
     def is_loaded(self, node: Node | str) -> bool:
         """Whether the data of a weight is in memory."""
@@ -179,11 +180,14 @@ class Graph:
         before: Node | None = None,
         after: Node | None = None,
         name: str | None = None,
+        like: Node | None = None,
         **kwargs: Any,
     ) -> Node:
         """A new node that calls `target`, placed before or after a node (exactly one is given).
 
-        The fake value of the result is computed at once, so that a wrong shape fails here.
+        The fake value of the result is computed at once, so that a wrong shape fails here;
+        where `like` is given, a node whose value is the same, its fake value is taken over
+        (computing one with symbolic sizes takes milliseconds).
 
         Raises:
             GraphError: Neither or both of `before` and `after` are given, or the operator
@@ -195,12 +199,10 @@ class Graph:
         spot = graph.inserting_before(before) if before else graph.inserting_after(after)
         with spot:
             node = graph.create_node("call_function", target, args, kwargs, name=name)
-        try:
-            self._propagate(node)
-        except Exception as error:
-            graph.erase_node(node)
-            error.add_note(f"while adding {ops.op_name(target)} to the graph")
-            raise
+        if like is not None:
+            node.meta["val"] = like.meta["val"]
+        else:
+            self._propagate_new(node)
         node.meta["author"] = self._author
         self._touch()
         return node
@@ -370,6 +372,14 @@ class Graph:
         kwargs = tree_map(value_of, node.kwargs)
         with self.fake_mode(), torch.no_grad():
             node.meta["val"] = node.target(*args, **kwargs)
+
+    def _propagate_new(self, node: Node) -> None:
+        try:
+            self._propagate(node)
+        except Exception as error:
+            self._module.graph.erase_node(node)
+            error.add_note(f"while adding {ops.op_name(node.target)} to the graph")
+            raise
 
     def _fake(self, value: Tensor) -> Tensor:
         mode = self.fake_mode()

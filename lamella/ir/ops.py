@@ -7,6 +7,7 @@ one error that lists every gap.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -160,6 +161,7 @@ def op_name(target: Any) -> str:
     return f"{module.lstrip('_')}.{name}" if module else name
 
 
+@functools.cache
 def argument_names(target: Any) -> tuple[str, ...]:
     """The names of the arguments of an operator, from its schema; empty without one."""
     schema = getattr(target, "_schema", None)
@@ -168,10 +170,15 @@ def argument_names(target: Any) -> tuple[str, ...]:
 
 def argument_defaults(target: Any) -> dict[str, Any]:
     """The default of every argument that has one, from the schema."""
+    return dict(_defaults(target))
+
+
+@functools.cache
+def _defaults(target: Any) -> tuple[tuple[str, Any], ...]:
     schema = getattr(target, "_schema", None)
     if schema is None:
-        return {}
-    return {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        return ()
+    return tuple((a.name, a.default_value) for a in schema.arguments if a.has_default_value())
 
 
 def is_inplace(target: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import (
     TreeSpec,
     tree_flatten,
@@ -22,6 +23,7 @@ __all__ = [
     "FakeTensorMode",
     "TreeSpec",
     "detect_fake_mode",
+    "statically_known_true",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
