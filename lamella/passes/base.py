@@ -187,8 +187,12 @@ class Analyses:
             raise PassError(f"{text} (an error because strict=True)")
         self._remarks.append(text)
 
+    def note(self, text: str) -> None:
+        """Report something that is as asked for: what was chosen, what was found."""
+        self._remarks.append(text)
+
     def take_remarks(self) -> tuple[str, ...]:
-        """The remarks since the last call, in order."""
+        """The remarks and notes since the last call, in order."""
         taken, self._remarks = tuple(dict.fromkeys(self._remarks)), []
         return taken
 
