@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from lamella.errors import GraphError
 from lamella.ir import ops
+from lamella.ir.edits import Edit, StopEditing
 from lamella.ir.quantize import Format
 from lamella.ir.signature import Signature
 from lamella.ir.torch_private import FakeTensorMode, detect_fake_mode, tree_map
@@ -45,6 +46,8 @@ class Graph:
         self.source = source
         self.plan: Mapping[str, Format] = {}
         self._edits = 0
+        self._last_edit: Edit | None = None
+        self._edit_limit: int | None = None
         self._author = "capture"
         self._fake_mode: FakeTensorMode | None = None
 
@@ -54,6 +57,11 @@ class Graph:
     def edits(self) -> int:
         """How often the graph was edited; the key of everything computed from it."""
         return self._edits
+
+    @property
+    def last_edit(self) -> Edit | None:
+        """What was done last, where and by whom; None before the first edit."""
+        return self._last_edit
 
     @property
     def module(self) -> fx.GraphModule:
@@ -146,7 +154,7 @@ class Graph:
         name = self._weight_name(node)
         self._store(name, value.detach())
         node.meta["val"] = self._fake(value.detach())
-        self._touch()
+        self._touch("set_weight", node)
 
     def add_weight(self, name: str, value: Tensor) -> Node:
         """A new weight; the node that reads it stands at the top of the graph.
@@ -163,7 +171,7 @@ class Graph:
             node = graph.create_node("get_attr", name)
         node.meta["val"] = self._fake(value.detach())
         node.meta["author"] = self._author
-        self._touch()
+        self._touch("add_weight", node)
         return node
 
     def weight_bytes(self) -> int:
@@ -204,7 +212,7 @@ class Graph:
         else:
             self._propagate_new(node)
         node.meta["author"] = self._author
-        self._touch()
+        self._touch("call", node)
         return node
 
     def replace(self, old: Node, new: Node) -> None:
@@ -221,7 +229,7 @@ class Graph:
                     f"({was.dtype}, {was.ndim} dims)"
                 )
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        self._touch()
+        self._touch("replace", old)
 
     def set_operand(self, node: Node, name: str, value: Any) -> None:
         """Give `node` another argument, by schema name; fake values downstream are kept.
@@ -237,13 +245,13 @@ class Graph:
             node.update_arg(position, value)
         else:
             node.update_kwarg(name, value)
-        self._touch()
+        self._touch("set_operand", node)
 
     def set_outputs(self, outputs: Iterable[Any], signature: Signature) -> None:
         """Replace the flat outputs, and the signature that names them."""
         self.output.args = (tuple(outputs),)
         self.signature = signature
-        self._touch()
+        self._touch("set_outputs", self.output)
 
     def remove_input(self, node: Node, signature: Signature) -> None:
         """Remove a placeholder that nothing reads, and give the signature without it.
@@ -255,7 +263,7 @@ class Graph:
             raise GraphError(f"input {node.name} is still read by {', '.join(map(str, node.users))}")
         self._module.graph.erase_node(node)
         self.signature = signature
-        self._touch()
+        self._touch("remove_input")
 
     def erase(self, nodes: Iterable[Node]) -> None:
         """Remove nodes that nothing reads, last first.
@@ -268,7 +276,7 @@ class Graph:
             if node.users:
                 raise GraphError(f"{node.name} is still read by {', '.join(map(str, node.users))}")
             self._module.graph.erase_node(node)
-        self._touch()
+        self._touch("erase")
 
     def refresh(self, nodes: Iterable[Node] | None = None) -> None:
         """Compute fake values again, of `nodes` or of the whole graph, in order."""
@@ -293,7 +301,7 @@ class Graph:
         removed = before - len(graph.nodes)
         removed_weights = self._unregister_unread()
         if removed or removed_weights:
-            self._touch()
+            self._touch("finish")
         graph.lint()
         self._module.recompile()
         return removed
@@ -306,6 +314,25 @@ class Graph:
             yield
         finally:
             self._author = previous
+
+    @contextlib.contextmanager
+    def stop_after(self, edits: int) -> Iterator[None]:
+        """Leave the block after so many edits: how a single edit is found that broke something.
+
+        The edits that were done stay. Nothing happens if the block does fewer.
+
+        Raises:
+            ValueError: `edits` is less than 1.
+        """
+        if edits < 1:
+            raise ValueError(f"stop after at least one edit, got {edits}")
+        self._edit_limit = self._edits + edits
+        try:
+            yield
+        except StopEditing:
+            pass
+        finally:
+            self._edit_limit = None
 
     # ---- whole graphs -------------------------------------------------------------------
 
@@ -345,7 +372,7 @@ class Graph:
         self._module = twin._module
         self.signature, self.origin, self.source = twin.signature, twin.origin, twin.source
         self.plan = twin.plan
-        self._touch()
+        self._touch("restore")
 
     def __str__(self) -> str:
         from lamella.ir.text import text_of  # noqa: PLC0415  (text needs Graph for its types)
@@ -389,8 +416,11 @@ class Graph:
                 value.shape, value.stride(), dtype=value.dtype, device=device
             )
 
-    def _touch(self) -> None:
+    def _touch(self, action: str, node: Node | None = None) -> None:
         self._edits += 1
+        self._last_edit = Edit.of(self._edits, action, node, self._author)
+        if self._edits == self._edit_limit:
+            raise StopEditing
 
     def _weight_name(self, node: Node | str) -> str:
         if isinstance(node, str):
