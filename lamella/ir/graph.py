@@ -317,20 +317,11 @@ class Graph:
 
     @contextlib.contextmanager
     def stop_after(self, edits: int) -> Iterator[None]:
-        """Leave the block after so many edits: how a single edit is found that broke something.
-
-        The edits that were done stay. Nothing happens if the block does fewer.
-
-        Raises:
-            ValueError: `edits` is less than 1.
-        """
-        if edits < 1:
-            raise ValueError(f"stop after at least one edit, got {edits}")
+        """Leave the block after so many more edits (at least one); what was done stays done."""
         self._edit_limit = self._edits + edits
         try:
-            yield
-        except StopEditing:
-            pass
+            with contextlib.suppress(StopEditing):
+                yield
         finally:
             self._edit_limit = None
 
