@@ -228,6 +228,8 @@ class Graph:
                     f"{new.name} ({now.dtype}, {now.ndim} dims) can't replace {old.name} "
                     f"({was.dtype}, {was.ndim} dims)"
                 )
+        if new.op == "call_function" and "nn_module_stack" in old.meta:
+            new.meta.setdefault("nn_module_stack", old.meta["nn_module_stack"])
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self._touch("replace", old)
 
