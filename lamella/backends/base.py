@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from torch import Tensor
 
-from lamella.backends.artifact import Description, save_artifact
+from lamella.backends.artifact import Artifact, Description, save_artifact
 from lamella.errors import UnsupportedError
 from lamella.ir.signature import Signature
 
@@ -114,6 +114,21 @@ class Backend(abc.ABC):
 
         Raises:
             UnsupportedError: Some operators can't be lowered; all are listed.
+        """
+
+    @abc.abstractmethod
+    def load(self, artifact: Artifact) -> Executable:
+        """The executable in a folder whose digests were checked.
+
+        Raises:
+            ArtifactError: The folder is corrupt or does not fit this machine.
+        """
+
+    def ensure_available(self) -> None:  # noqa: B027  (most backends need nothing)
+        """Refuse at once, before any work, when something the backend needs is missing.
+
+        Raises:
+            BackendError: A package, a provider or a compiler is missing; says how to get it.
         """
 
     @final
