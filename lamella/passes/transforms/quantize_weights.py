@@ -1,0 +1,190 @@
+"""Store weights in 2, 4 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from lamella.errors import GraphError, PassError
+from lamella.ir.graph import Graph
+from lamella.ir.ops import aten, lam
+from lamella.ir.quantize import Format, Quantized, quantize
+from lamella.ir.reducers import MeanSquare
+from lamella.ir.runner import Request
+from lamella.passes.base import Analyses, Effect, Transform
+from lamella.passes.sites import Site, find_sites, other_weights
+
+SCALES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float16": torch.float16, "float32": torch.float32}
+)
+"""How scales are stored, by the name of the option."""
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Transform):
+    """Round the weights of linear layers and embeddings to few bits, with searched scales.
+
+    A block of weights along `in` is stored as unsigned codes ``q`` with one scale and stands for
+    ``s * (q - z)``; the scale is the one of least squared error on a grid (see
+    `lamella.ir.quantize`). A linear layer becomes `lamella::linear_nbits`, an embedding
+    `lamella::embedding_nbits`; where both read one weight they read the same codes.
+
+    With `bits` the plan is uniform: every weight gets that width, except that the router of a
+    mixture of experts never gets less than 8. Without it the plan that `allocate-bits` left on
+    the graph is followed. Weights are read, rounded and put back one by one.
+
+    Attributes:
+        bits: 2, 4 or 8 for all; None follows the plan of the graph.
+        block: Weights that share a scale: 32, 64 or 128; only with `bits`.
+        symmetric: No zero points, zero is the middle code; only with `bits`.
+        scales: ``"float16"`` or ``"float32"``; only with `bits`.
+        min_size: Weights with fewer entries stay as they are; only with `bits`.
+        int8_activations: Round the inputs of linear layers to 8 bits per row and block, as the
+            fast kernels do; the loss is then measured with the numerics that will run.
+        by_inputs: Weigh the squared error of each column by the mean square of its inputs over
+            the samples, instead of all alike.
+
+    Raises:
+        ValueError: An option has another value.
+
+    References:
+        [Frantar2023] for the problem that `by_inputs` solves per column, [Dettmers2022] for
+        scales per block.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    bits: int | None = None
+    block: int = 32
+    symmetric: bool = True
+    scales: str = "float16"
+    min_size: int = 1 << 14
+    int8_activations: bool = True
+    by_inputs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (None, 2, 4, 8):
+            raise ValueError(f"bits must be 2, 4 or 8, or none for the plan, got {self.bits}")
+        if self.scales not in SCALES:
+            raise ValueError(f"scales must be one of {', '.join(SCALES)}, got {self.scales!r}")
+        if self.min_size < 0:
+            raise ValueError(f"min_size must not be negative, got {self.min_size}")
+        self._format(self.bits or 4)
+
+    def run(self, graph: Graph, analyses: Analyses) -> None:
+        """Replace the readers of each weight of the plan."""
+        sites = find_sites(graph)
+        plan = self._uniform(sites) if self.bits else _stored_plan(graph, sites)
+        todo = [site for site in sites if plan.get(site.weight, _AS_IT_IS).bits != 32]
+        importance = _importance(todo, analyses) if self.by_inputs else {}
+        for site in todo:
+            stored = _quantized(graph, site, plan[site.weight], importance.get(site.weight))
+            self._rewire(graph, site, stored)
+        graph.plan = {k: v for k, v in graph.plan.items() if k not in plan}
+        _report(graph, analyses, sites, todo)
+
+    def _format(self, bits: int) -> Format:
+        return Format(bits, self.block, self.symmetric, SCALES[self.scales])
+
+    def _uniform(self, sites: tuple[Site, ...]) -> dict[str, Format]:
+        assert self.bits is not None
+        widths = {s.weight: max(self.bits, 8) if s.role == "router" else self.bits for s in sites}
+        return {s.weight: self._format(widths[s.weight]) for s in sites if s.size >= self.min_size}
+
+    def _rewire(self, graph: Graph, site: Site, stored: Quantized) -> None:
+        """Let the readers of a site read codes, and forget the weight."""
+        packed = graph.add_weight(f"{site.weight}_packed", stored.packed)
+        scales = graph.add_weight(f"{site.weight}_scales", stored.scales)
+        zeros = None
+        if stored.zero_points is not None:
+            zeros = graph.add_weight(f"{site.weight}_zeros", stored.zero_points)
+        codes, grid = (packed, scales, zeros), (stored.format.bits, stored.format.block)
+        for reader in site.readers:
+            if reader.target is aten.embedding.default:
+                new = _embedding(graph, reader, codes, grid, site)
+            else:
+                bias = graph.operand(reader, "bias")
+                args = (graph.operand(reader, "input"), *codes, bias, *grid)
+                target = lam.linear_nbits.default
+                new = graph.call(target, *args, self.int8_activations, before=reader)
+            graph.replace(reader, new)
+        graph.erase(site.readers)
+
+
+_AS_IT_IS = Format(bits=32)
+
+
+def _embedding(
+    graph: Graph,
+    reader: Node,
+    codes: tuple[Node, Node, Node | None],
+    grid: tuple[int, int],
+    site: Site,
+) -> Node:
+    """Rows of the table, in the dtype that the model goes on with."""
+    args = (*codes, graph.operand(reader, "indices"), *grid, site.shape[1])
+    rows = graph.call(lam.embedding_nbits.default, *args, before=reader)
+    if rows.meta["val"].dtype == site.dtype:
+        return rows
+    return graph.call(aten.to.dtype, rows, site.dtype, before=reader)
+
+
+def _stored_plan(graph: Graph, sites: tuple[Site, ...]) -> Mapping[str, Format]:
+    """The plan of the graph; it must fit the weights that are there now."""
+    if not graph.plan:
+        raise PassError(
+            "quantize-weights has no plan to follow; run allocate-bits before it, or give bits="
+        )
+    gone = sorted(set(graph.plan) - {site.weight for site in sites})
+    if gone:
+        raise PassError(
+            f"the bit plan names weights that are no longer there: {', '.join(gone)}; run "
+            f"allocate-bits right before quantize-weights"
+        )
+    return graph.plan
+
+
+def _quantized(graph: Graph, site: Site, format: Format, importance: Tensor | None) -> Quantized:
+    try:
+        return quantize(graph.weight(site.node), format, importance)
+    except ValueError as error:
+        raise PassError(f"weight {site.weight!r} can't be quantized: {error}") from error
+
+
+def _importance(sites: list[Site], analyses: Analyses) -> dict[str, Tensor]:
+    """The mean square of the inputs of each column, where linear layers read the weight."""
+    requests: dict[str, list[Request]] = {}
+    for site in sites:
+        linears = [r for r in site.readers if r.target is aten.linear.default]
+        inputs = [r.all_input_nodes[0] for r in linears]
+        requests[site.weight] = [Request.of(MeanSquare(), node) for node in inputs]
+    known = analyses.statistics([r for several in requests.values() for r in several])
+    return {
+        weight: torch.stack([known[r] for r in several]).mean(0)
+        for weight, several in requests.items()
+        if several
+    }
+
+
+def _report(graph: Graph, analyses: Analyses, sites: tuple[Site, ...], todo: list[Site]) -> None:
+    done = {site.weight for site in todo}
+    kept = [site.weight for site in sites if site.weight not in done]
+    if kept:
+        analyses.note(f"left as they are (too small, or the plan says so): {', '.join(kept)}")
+    odd = other_weights(graph)
+    if odd:
+        listed = ", ".join(f"{name} ({why})" for name, why in odd.items())
+        analyses.remark(f"no operator of few bits for {len(odd)} weights: {listed}")
+    if not todo:
+        raise (
+            GraphError("no weight can be quantized")
+            if not sites
+            else PassError("every weight was left as it is; lower min_size, or change the plan")
+        )
