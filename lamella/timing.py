@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Latency:
+class Timing:
     """How long one call takes.
 
     Attributes:
@@ -31,7 +31,7 @@ class Latency:
 
 def measure(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 3
-) -> dict[str, Latency]:
+) -> dict[str, Timing]:
     """Time the candidates in turns.
 
     Args:
@@ -51,10 +51,10 @@ def measure(
             call()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: _latency(values) for name, values in seconds.items()}
+    return {name: _timing(values) for name, values in seconds.items()}
 
 
-def _latency(seconds: list[float]) -> Latency:
+def _timing(seconds: list[float]) -> Timing:
     median = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds, n=4)
-    return Latency(median, min(seconds), (high - low) / median, len(seconds))
+    return Timing(median, min(seconds), (high - low) / median, len(seconds))

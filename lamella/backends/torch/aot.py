@@ -1,0 +1,196 @@
+"""The aot backend: the graph compiled to machine code by AOTInductor.
+
+The compiled package is a build product: it runs on the kind of processor and the version of
+PyTorch it was made with. The portable graph lies beside it and holds the weights, so that an
+artifact that was moved is compiled again when it is loaded. The package is machine code: load
+artifacts only from people you trust.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch.export import Dim
+
+from lamella.backends.artifact import Artifact
+from lamella.backends.base import Backend, Executable
+from lamella.backends.inputs import check_inputs, example_inputs
+from lamella.backends.torch.eager import not_canonical, unpacked
+from lamella.backends.torch.inductor import compile_package, load_package
+from lamella.backends.torch.portable import Portable
+from lamella.errors import BackendError
+from lamella.ir.graph import Graph
+from lamella.ir.operators import REFERENCE
+from lamella.ir.signature import Signature
+from lamella.report import Report
+
+PACKAGE = "compiled.pt2"
+
+logger = logging.getLogger(__name__)
+
+_KEPT = frozenset(
+    {torch.ops.lamella.selective_scan.default, torch.ops.lamella.grouped_linear.default}
+)
+"""Operators that are called, not traced: their loops depend on the data or the length."""
+
+
+class AotExecutable(Executable):
+    """A compiled graph; its weights lie in memory once, shared with the portable graph."""
+
+    backend = "aot"
+
+    def __init__(
+        self, portable: Portable, package: Path, signature: Signature, report: Report | None
+    ) -> None:
+        """Load the machine code of `package` and give it the weights of `portable`."""
+        super().__init__(signature, report)
+        self.inputs = portable.inputs
+        self._portable = portable
+        self._package = package
+        self._compiled = load_package(package)
+        # The compiled code keeps pointers only: the tensors must live as long as it does.
+        held = dict(_traceable(portable).named_buffers())
+        self._weights = {name: held[name] for name in self._compiled.get_constant_fqns()}
+        self._compiled.load_constants(self._weights, check_full_update=True, user_managed=True)
+
+    def run(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The flat outputs of flat inputs."""
+        check_inputs(self.inputs, values)
+        with torch.inference_mode():
+            return self._compiled(*values)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are stored."""
+        return self._portable.weight_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files that `save` writes."""
+        return self._portable.file_bytes + self._package.stat().st_size
+
+    def write_files(self, folder: Path) -> Mapping[str, Any]:
+        """Write the portable graph and the package beside it."""
+        self._portable.write(folder)
+        shutil.copyfile(self._package, folder / PACKAGE)
+        return {"machine": machine()}
+
+
+class AotBackend(Backend):
+    """Compiles graphs ahead of time with AOTInductor; needs a C++ compiler."""
+
+    name: ClassVar[str] = "aot"
+
+    def ensure_available(self) -> None:
+        """Refuse when there is no C++ compiler.
+
+        Raises:
+            BackendError: Neither ``$CXX`` nor ``g++`` is there.
+        """
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise BackendError(
+                f"the aot backend needs a C++ compiler and {compiler!r} is not on the PATH; "
+                f"install g++, or set CXX to another one"
+            )
+
+    def unsupported(self, graph: Graph) -> dict[str, int]:
+        """Operators that are not canonical; everything canonical compiles."""
+        return not_canonical(graph)
+
+    def lower(self, graph: Graph, report: Report | None = None) -> AotExecutable:
+        """Compile `graph`; takes from seconds to minutes.
+
+        Raises:
+            UnsupportedError: Some operators are not canonical.
+            BackendError: There is no compiler, or it fails.
+        """
+        self.ensure_available()
+        self.check(graph)
+        portable = Portable.of(graph)
+        return _compiled(portable, graph.signature, report)
+
+    def load(self, artifact: Artifact) -> AotExecutable:
+        """The executable in a folder; compiled again on another kind of machine.
+
+        Raises:
+            ArtifactError: The folder is corrupt.
+            BackendError: It must be compiled again, and there is no compiler.
+        """
+        described = artifact.description
+        report = None if described.report is None else Report.from_json(described.report)
+        signature = Signature.from_json(described.signature)
+        portable = Portable.read(artifact.folder)
+        package = artifact.folder / PACKAGE
+        if described.details.get("machine") != machine() or not package.is_file():
+            logger.warning(
+                "%s was compiled for %s, this is %s: compiling it again",
+                artifact.folder,
+                described.details.get("machine"),
+                machine(),
+            )
+            self.ensure_available()
+            return _compiled(portable, signature, report)
+        return AotExecutable(portable, package, signature, report)
+
+
+def machine() -> str:
+    """What a package is bound to: PyTorch, system, processor and its vector instructions."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__} {platform.system()} {platform.machine()} {vectors}"
+
+
+def _compiled(portable: Portable, signature: Signature, report: Report | None) -> AotExecutable:
+    """Compile into a folder that goes when the executable goes."""
+    folder = Path(tempfile.mkdtemp(prefix="lamella-aot-"))
+    try:
+        package = _compile(portable, folder / PACKAGE)
+        executable = AotExecutable(portable, package, signature, report)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(executable, shutil.rmtree, folder, ignore_errors=True)
+    return executable
+
+
+def _compile(portable: Portable, package: Path) -> Path:
+    """Compile the graph without its weights into the file `package`."""
+    module = _traceable(portable)
+    # Sizes above 1, and different ones, so that no size becomes a constant.
+    sample = tuple(example_inputs(portable.inputs, batch=2, sequence=16))
+    shapes = tuple(
+        {axis: Dim.AUTO for axis, size in enumerate(spec.shape) if isinstance(size, str)} or None
+        for spec in portable.inputs
+    )
+    with warnings.catch_warnings(), torch.no_grad():
+        # Inductor warns about its own deprecated names.
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(module, sample, dynamic_shapes=shapes, strict=False)
+            return compile_package(program, package)
+        except Exception as error:
+            raise BackendError(
+                f"AOTInductor can't compile the graph ({type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0][:300]}); use the eager backend"
+            ) from error
+
+
+def _traceable(portable: Portable) -> fx.GraphModule:
+    """The module with dense weights, and references in place of operators of Lamella."""
+    module, _ = unpacked(portable.module())
+    for node in module.graph.nodes:
+        if node.target in REFERENCE and node.target not in _KEPT:
+            node.target = REFERENCE[node.target]
+    module.recompile()
+    return module
