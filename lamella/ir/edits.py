@@ -39,7 +39,7 @@ class Edit:
         return f"{self.action}{where} by {self.author}"
 
 
-class StopEditing(BaseException):  # noqa: N818  (a signal, not an error)
+class StopEditing(BaseException):
     """The edit limit of `Graph.stop_after` is reached.
 
     Not an `Exception`, so that a pass that handles its own errors does not swallow it.

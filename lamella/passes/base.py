@@ -7,22 +7,17 @@ analyses: each is computed once for a state of the graph, and never given for an
 from __future__ import annotations
 
 import abc
-import dataclasses
 import enum
-import json
-import shlex
 from collections.abc import Iterable, Mapping
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from torch import Tensor
 
 from lamella.data import Samples
 from lamella.errors import PassError, SamplesError
 from lamella.ir.graph import Graph
-
-if TYPE_CHECKING:
-    from lamella.ir.runner import Request
+from lamella.ir.runner import Progress, Request, run_requests
+from lamella.passes.options import Option, described, spelling_of
 
 R = TypeVar("R")
 
@@ -60,6 +55,11 @@ class Transform(abc.ABC):
         """The pass as text, ``"drop-blocks count=2 by=lim"``; it parses back to an equal pass."""
         return spelling_of(self)
 
+    @classmethod
+    def describe(cls) -> tuple[Option, ...]:
+        """The options with their types, defaults and documentation."""
+        return described(cls)
+
 
 class Analysis(abc.ABC, Generic[R]):
     """A question about a graph. Subclasses are frozen dataclasses, and so their own cache key.
@@ -86,6 +86,11 @@ class Analysis(abc.ABC, Generic[R]):
         """The analysis as text; it parses back to an equal analysis."""
         return spelling_of(self)
 
+    @classmethod
+    def describe(cls) -> tuple[Option, ...]:
+        """The options with their types, defaults and documentation."""
+        return described(cls)
+
 
 class Analyses:
     """The results of analyses of one graph, each computed once per state of the graph.
@@ -93,6 +98,7 @@ class Analyses:
     Attributes:
         samples: Calibration inputs, or None.
         strict: Whether a fallback is an error instead of a remark.
+        progress: Told how much of a run of the samples is done, or None.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class Analyses:
         self.graph = graph
         self.samples = samples
         self.strict = strict
+        self.progress: Progress | None = None
         self._results: dict[Analysis[Any], Any] = {}
         self._statistics: dict[Request, Tensor] = {}
         self._state = graph.edits
@@ -156,14 +163,13 @@ class Analyses:
         Raises:
             SamplesError: There are no samples.
         """
-        from lamella.ir.runner import run_requests  # noqa: PLC0415  (moves up when it exists)
-
         self._forget_stale()
         wanted = list(dict.fromkeys(requests))
         missing = [request for request in wanted if request not in self._statistics]
         if missing:
             samples = self.need_samples()
-            self._statistics.update(run_requests(self.graph, samples, missing))
+            found = run_requests(self.graph, samples, missing, progress=self.progress)
+            self._statistics.update(found)
         return {request: self._statistics[request] for request in wanted}
 
     def need_samples(self) -> Samples:
@@ -202,67 +208,3 @@ class Analyses:
             self._results.clear()
             self._statistics.clear()
             self._state = self.graph.edits
-
-
-def options_of(a_pass: Transform | Analysis[Any]) -> dict[str, Any]:
-    """The options of a pass by name, as they are."""
-    fields = dataclasses.fields(cast(Any, a_pass))
-    return {field.name: getattr(a_pass, field.name) for field in fields if field.init}
-
-
-def spelling_of(a_pass: Transform | Analysis[Any]) -> str:
-    """The name of a pass and its options that differ from the defaults."""
-    words = [a_pass.name]
-    for field in dataclasses.fields(cast(Any, a_pass)):
-        value = getattr(a_pass, field.name)
-        if field.init and not _is_default(field, value):
-            words.append(f"{field.name.replace('_', '-')}={shlex.quote(text_of_value(value))}")
-    return " ".join(words)
-
-
-def text_of_value(value: object) -> str:
-    """An option as text: ``2``, ``lim``, ``1,2,3``, ``none``, ``true``; JSON where it must be."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, enum.Enum):
-        return str(value.value)
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, str):
-        return json.dumps(value) if _is_ambiguous(value) else value
-    if isinstance(value, Mapping):
-        pairs = cast(Mapping[str, object], value).items()
-        return json.dumps({name: plain(item) for name, item in pairs})
-    if isinstance(value, tuple | list):
-        items = [text_of_value(item) for item in cast(Iterable[object], value)]
-        simple = items and not any(set(item) & set(',"[]{}') for item in items)
-        return ",".join(items) if simple else json.dumps(plain(value))
-    return str(value)
-
-
-def plain(value: object) -> Any:
-    """An option as data for JSON and YAML: numbers, strings, lists, mappings, None."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value.value if isinstance(value, enum.Enum) else value
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        pairs = cast(Mapping[str, object], value).items()
-        return {str(name): plain(item) for name, item in pairs}
-    if isinstance(value, tuple | list | set | frozenset):
-        return [plain(item) for item in cast(Iterable[object], value)]
-    return str(value)
-
-
-def _is_ambiguous(text: str) -> bool:
-    return text == "" or text.lower() == "none" or text[0] in '"[{' or text != text.strip()
-
-
-def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
-    if field.default is not dataclasses.MISSING:
-        default = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    else:
-        return False
-    return type(default) is type(value) and default == value
