@@ -126,6 +126,33 @@ class Gram(Reducer):
 
 
 @dataclass(frozen=True)
+class RoundingVariance(Reducer):
+    """The variance that rounding to 8 bits adds to each channel, float64 ``[channels]``.
+
+    A kernel with 8-bit activations rounds each block of `block` channels of a row to multiples
+    of ``max|x| / 127`` (see `lamella::linear_nbits`): the mean over tokens of that step squared,
+    divided by 12.
+    """
+
+    block: int
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """Sum of the squared steps of each block, and the count."""
+        (value,) = values
+        pad = -value.shape[1] % self.block
+        padded = functional.pad(value.float(), (0, pad)).unflatten(1, (-1, self.block))
+        steps = (padded.abs().amax(2) / 127).double().square()
+        width = torch.tensor(value.shape[1])
+        total, count = _summed(state and state[:2], steps.sum(0), value.shape[0])
+        return (total, count, width)
+
+    def result(self, state: State) -> Tensor:
+        """``[channels]``."""
+        total, count, width = state
+        return (total / count / 12).repeat_interleave(self.block)[: int(width)]
+
+
+@dataclass(frozen=True)
 class MeanCosine(Reducer):
     """Mean over tokens of the cosine of two values, a float64 scalar in [-1, 1]."""
 

@@ -12,7 +12,7 @@ joined, images) is taken whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +80,26 @@ def run_requests(
         GraphError: A request names a node that the graph doesn't have, or a weight.
         SamplesError: A sample doesn't fit, there is none, or all tokens are masked.
     """
+    results: dict[Request, Tensor] = {}
+    for finished in sweep_requests(graph, samples, requests, progress=progress):
+        results.update(finished)
+    return results
+
+
+def sweep_requests(
+    graph: Graph,
+    samples: Samples,
+    requests: Iterable[Request],
+    *,
+    progress: Progress | None = None,
+) -> Iterator[Mapping[Request, Tensor]]:
+    """As `run_requests`, but yields the statistics of each segment when it is done.
+
+    What a caller forgets is freed: large statistics (Gram matrices) need memory for one block.
+    """
     wanted = list(dict.fromkeys(requests))
     if not wanted:
-        return {}
+        return
     taps = _taps(graph, wanted)
     running = program(graph, _masks(graph).values(), together=[tap.nodes for tap in taps])
     states = [running.start(sample) for sample in samples]
@@ -97,10 +114,16 @@ def run_requests(
     for values in states:
         for node in graph.inputs:
             watch(node, values)
-    for done, _ in enumerate(running.sweep(states, watch), start=1):
+    yield _results(by_last, graph.inputs)
+    for done, segment in enumerate(running.sweep(states, watch), start=1):
         if progress is not None:
             progress(done, len(running.segments))
-    return {tap.request: tap.result() for tap in taps}
+        yield _results(by_last, segment.nodes)
+
+
+def _results(by_last: dict[Node, list[_Tap]], nodes: Iterable[Node]) -> dict[Request, Tensor]:
+    """The statistics that are complete after `nodes`, which are forgotten here."""
+    return {tap.request: tap.result() for node in nodes for tap in by_last.pop(node, ())}
 
 
 def run_outputs(graph: Graph, samples: Samples) -> list[tuple[Any, ...]]:
@@ -219,4 +242,4 @@ def _mask_of(
     return None
 
 
-__all__ = ["Request", "run_outputs", "run_requests", "token_mask"]
+__all__ = ["Request", "run_outputs", "run_requests", "sweep_requests", "token_mask"]

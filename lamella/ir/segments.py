@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lamella.ir.ops import op_name
 
 Values = dict[Node, Any]
 Watch = Callable[[Node, Values], None]
+Calls = Mapping[Node, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Segment:
         return {node: graph.weight(node) for node in self.weights}
 
     def run(
-        self, values: Values, weights: Mapping[Node, Tensor], watch: Watch | None = None
+        self,
+        values: Values,
+        weights: Mapping[Node, Tensor],
+        watch: Watch | None = None,
+        *,
+        calls: Calls = MappingProxyType({}),
+        gradients: bool = False,
     ) -> None:
         """Compute the nodes of the segment into `values`, and forget what was read last.
 
@@ -51,10 +59,12 @@ class Segment:
             values: What is alive, by node; changed in place.
             weights: What `read_weights` gave; another value may stand for a weight.
             watch: Called after each node, while its operands are still alive.
+            calls: What is called instead of the operator of a node, with its arguments.
+            gradients: Whether to record for `backward`.
         """
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             for node, frees in zip(self.nodes, self.frees, strict=True):
-                values[node] = _call(node, values, weights)
+                values[node] = _call(node, values, weights, calls)
                 if watch is not None:
                     watch(node, values)
                 for freed in frees:
@@ -176,7 +186,7 @@ def _segment(nodes: Sequence[Node], frees: Mapping[Node, Sequence[Node]]) -> Seg
     )
 
 
-def _call(node: Node, values: Values, weights: Mapping[Node, Tensor]) -> Any:
+def _call(node: Node, values: Values, weights: Mapping[Node, Tensor], calls: Calls) -> Any:
     def value_of(operand: Node) -> Any:
         return weights[operand] if operand.op == "get_attr" else values[operand]
 
@@ -185,7 +195,7 @@ def _call(node: Node, values: Values, weights: Mapping[Node, Tensor]) -> Any:
     args: Any = map_arg(node.args, value_of)
     kwargs: Any = map_arg(node.kwargs, value_of)
     try:
-        return node.target(*args, **kwargs)
+        return calls.get(node, node.target)(*args, **kwargs)
     except Exception as error:
         error.add_note(f"while running {node.name} ({op_name(node.target)})")
         raise

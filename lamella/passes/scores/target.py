@@ -1,0 +1,94 @@
+"""The output that a loss is measured on, and the loss of one token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional
+
+from lamella.data import Samples
+from lamella.errors import GraphError
+from lamella.ir.graph import Graph
+from lamella.ir.reducers import divergence
+from lamella.ir.runner import token_mask
+
+_ROWS = 512
+
+
+@dataclass(frozen=True)
+class LossTarget:
+    """The output that is compared.
+
+    Logits are compared by ``KL(softmax(reference) || softmax(value))`` in nats; other outputs
+    by their direction, ``1 - cos``.
+
+    Attributes:
+        node: The output, ``[..., channels]``.
+        kind: What it holds.
+        mask: The attention mask of its rows, or None.
+    """
+
+    node: Node
+    kind: Literal["logits", "embedding"]
+    mask: Node | None
+
+    @property
+    def unit(self) -> str:
+        """Of a loss."""
+        return "KL per token" if self.kind == "logits" else "cosine distance per token"
+
+    def rows(self, values: Mapping[Node, Any]) -> Tensor:
+        """The output of one sample as ``[tokens, channels]``, without masked tokens."""
+        value = values[self.node]
+        rows = value.reshape(-1, value.shape[-1])
+        return rows if self.mask is None else rows[values[self.mask].bool().flatten()]
+
+    def loss(self, reference: Tensor, value: Tensor) -> float:
+        """The sum over rows of the loss.
+
+        Args:
+            reference: ``[tokens, channels]``.
+            value: As `reference`.
+        """
+        pieces = zip(reference.split(_ROWS), value.split(_ROWS), strict=True)
+        return sum(float(self._of(one, other).sum()) for one, other in pieces)
+
+    def _of(self, reference: Tensor, value: Tensor) -> Tensor:
+        if self.kind == "logits":
+            return divergence(reference, value)
+        return 1.0 - functional.cosine_similarity(reference.double(), value.double(), dim=-1)
+
+
+def loss_target(graph: Graph) -> LossTarget:
+    """The first output called logits, or else the first output of floating point with axes.
+
+    Raises:
+        GraphError: There is none.
+    """
+    named = list(zip(graph.signature.outputs, graph.outputs, strict=True))
+    floats = [(name, node) for name, node in named if _is_floating(node)]
+    if not floats:
+        raise GraphError("the model has no output of floating point to measure a loss on")
+    logits = [node for name, node in floats if name.split(".")[-1].startswith("logits")]
+    node = logits[0] if logits else floats[0][1]
+    return LossTarget(node, "logits" if logits else "embedding", token_mask(graph, node))
+
+
+def first_sequences(samples: Samples, count: int) -> Samples:
+    """The first batches that hold at least `count` sequences together."""
+    taken = 0
+    for batches, batch in enumerate(samples, start=1):
+        taken += next((int(v.shape[0]) for v in batch.values() if isinstance(v, Tensor)), 1)
+        if taken >= count:
+            return samples.take(batches)
+    return samples
+
+
+def _is_floating(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2
