@@ -5,9 +5,12 @@ A new release of PyTorch that moves one of them breaks this module and no other.
 
 from __future__ import annotations
 
-from torch._guards import detect_fake_mode
+from dataclasses import dataclass
+
+from torch import SymInt
+from torch._guards import Source, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
 from torch.utils._pytree import (
     TreeSpec,
     tree_flatten,
@@ -24,6 +27,8 @@ __all__ = [
     "TreeSpec",
     "detect_fake_mode",
     "statically_known_true",
+    "symbolic_mode",
+    "symbolic_size",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -31,3 +36,31 @@ __all__ = [
     "treespec_dumps",
     "treespec_loads",
 ]
+
+
+@dataclass(frozen=True)
+class _Named(Source):
+    """Where a symbolic size comes from: only a name (dynamo's own sources load all of dynamo)."""
+
+    label: str
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    @property
+    def _name_template(self) -> str:
+        return self.label
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """A mode whose fake tensors may have symbolic sizes."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def symbolic_size(mode: FakeTensorMode, name: str, example: int) -> int | SymInt:
+    """A new symbolic size of `mode`; `example` answers the comparisons that shape rules make."""
+    env = mode.shape_env
+    source = _Named(name)
+    symbol = env.create_symbol(example, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    return env.create_symintnode(symbol, hint=example, source=source)
