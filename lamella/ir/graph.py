@@ -21,6 +21,7 @@ from lamella.ir import ops
 from lamella.ir.edits import Edit, StopEditing
 from lamella.ir.quantize import Format
 from lamella.ir.signature import Signature
+from lamella.ir.stream import Block, Stream, find_stream
 from lamella.ir.torch_private import FakeTensorMode, detect_fake_mode, tree_map
 from lamella.ir.weights import Origin, WeightSource, not_loaded
 
@@ -46,6 +47,7 @@ class Graph:
         self.source = source
         self.plan: Mapping[str, Format] = {}
         self._edits = 0
+        self._stream: tuple[int, Stream] | None = None
         self._last_edit: Edit | None = None
         self._edit_limit: int | None = None
         self._author = "capture"
@@ -87,6 +89,18 @@ class Graph:
     def outputs(self) -> list[Any]:
         """The flat outputs, in the order of ``signature.outputs`` (nodes or constants)."""
         return list(self.output.args[0])
+
+    @property
+    def stream(self) -> Stream:
+        """The residual stream; found again after an edit."""
+        if self._stream is None or self._stream[0] != self._edits:
+            self._stream = (self._edits, find_stream(self))
+        return self._stream[1]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the residual stream, each with its sublayers."""
+        return self.stream.blocks
 
     def find(self, *targets: Callable[..., Any]) -> list[Node]:
         """The nodes that call one of `targets`, in topological order."""
