@@ -20,7 +20,14 @@ from lamella.errors import CaptureError
 from lamella.ir.graph import Graph, set_tensor
 from lamella.ir.scan import traceable_scans
 from lamella.ir.signature import Signature
-from lamella.ir.torch_private import TreeSpec, tree_flatten, tree_leaves, tree_map
+from lamella.ir.torch_private import (
+    TreeSpec,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from lamella.ir.weights import Origin
 
 Inputs = Mapping[str, Any] | Sequence[Any]
@@ -54,9 +61,7 @@ def capture_module(
     shapes = _dynamic_shapes(args, kwargs, dynamic)
     with _inference(model), traceable_scans(), torch.no_grad():
         try:
-            program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=shapes, strict=False
-            )
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} can't be traced by torch.export "
@@ -133,8 +138,6 @@ def _input_names(module: fx.GraphModule) -> tuple[str, ...]:
 
 def _output_names(spec: TreeSpec) -> tuple[str, ...]:
     """``logits``, ``hidden_states.0``, …: the dotted path of every leaf of what is returned."""
-    from torch.utils._pytree import tree_flatten_with_path, tree_unflatten  # noqa: PLC0415
-
     leaves = list(range(spec.num_leaves))
     paths, _ = tree_flatten_with_path(tree_unflatten(leaves, spec))
     return tuple(".".join(_key(part) for part in path) or "output" for path, _ in paths)

@@ -18,9 +18,7 @@ from lamella.ir.packing import dequantize
 _library = torch.library.Library("lamella", "DEF")
 
 
-def rotary_embedding(
-    input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
-) -> Tensor:
+def rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate pairs of channels: ``input * cos + rotate_half(input) * sin``.
 
     Args:
@@ -37,7 +35,7 @@ def rotary_embedding(
     return input * cos + rotated * sin
 
 
-def linear_nbits(
+def linear_nbits(  # noqa: PLR0913  (the arguments of the operator)
     input: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -80,7 +78,7 @@ def round_to_int8(input: Tensor, block: int) -> Tensor:
     return ((grouped / scale).round() * scale).flatten(-2)[..., :width]
 
 
-def embedding_nbits(
+def embedding_nbits(  # noqa: PLR0913  (the arguments of the operator)
     packed: Tensor,
     scales: Tensor,
     zero_points: Tensor | None,
@@ -158,7 +156,7 @@ def _fake_linear_nbits(
     return input.new_empty((*input.shape[:-1], packed.shape[0]))
 
 
-def _fake_embedding_nbits(
+def _fake_embedding_nbits(  # noqa: PLR0913  (the arguments of the operator)
     packed: Tensor,
     scales: Tensor,
     zero_points: Tensor | None,
@@ -192,9 +190,7 @@ _define(
 _define(
     "selective_scan(Tensor input, Tensor delta, Tensor a, Tensor b, Tensor c) -> Tensor",
     selective_scan,
-    lambda input, delta, a, b, c: torch.empty_like(
-        input, memory_format=torch.contiguous_format
-    ),
+    lambda input, delta, a, b, c: torch.empty_like(input, memory_format=torch.contiguous_format),
 )
 _define(
     "grouped_linear(Tensor input, Tensor weight, Tensor offsets) -> Tensor",

@@ -11,9 +11,11 @@ from torch import SymInt
 from torch._guards import Source, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import (
     TreeSpec,
     tree_flatten,
+    tree_flatten_with_path,
     tree_leaves,
     tree_map,
     tree_unflatten,
@@ -24,12 +26,14 @@ from torch.utils._pytree import (
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "StorageWeakRef",
     "TreeSpec",
     "detect_fake_mode",
     "statically_known_true",
     "symbolic_mode",
     "symbolic_size",
     "tree_flatten",
+    "tree_flatten_with_path",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
