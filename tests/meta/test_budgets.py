@@ -82,7 +82,7 @@ def test_inheritance_is_shallow():
 
     def depth(cls: str) -> int:
         ours = [base for base in bases.get(cls, ()) if base in bases]
-        return 1 + max(map(depth, ours), default=0)
+        return max((1 + depth(base) for base in ours), default=0)
 
     assert not {cls: depth(cls) for cls in bases if depth(cls) > DEPTH}
 

@@ -37,7 +37,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "lamella.ir.torch_private",
     "lamella.backends.torch.inductor",
 }
-_PRIVATE = re.compile(r"\btorch(\.\w+)*\._\w+")
+_PRIVATE = re.compile(r"\btorch(\.\w+)*\._[a-z]\w*")
 
 
 def layer(module: str) -> str:
