@@ -160,7 +160,7 @@ def _dynamic_shapes(
         # A module whose forward takes *args or **kwargs wants the structure of the call.
         return shapes[1] if not args else (shapes[0] if not kwargs else None)
     return {
-        name: {axis: Dim.AUTO for axis in dynamic.get(name, ())} if isinstance(v, Tensor) else None
+        name: dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) if isinstance(v, Tensor) else None
         for name, v in kwargs.items()
     }
 
@@ -169,7 +169,7 @@ def _auto_axes(value: Any) -> dict[int, Any] | None:
     if not isinstance(value, Tensor):
         return None
     axes = range(value.ndim) if value.ndim <= 3 else range(1)
-    return {axis: Dim.AUTO for axis in axes}
+    return dict.fromkeys(axes, Dim.AUTO)
 
 
 @contextlib.contextmanager
