@@ -1,0 +1,1 @@
+"""What `canonicalize` is made of: rules by subject, and the passes that no rule can say."""
