@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch.fx import Node
 
 from lamella.errors import GraphError
+from lamella.ir.reach import data_inputs
 from lamella.ir.stream import Sublayer
 
 if TYPE_CHECKING:
@@ -34,18 +36,16 @@ def bypass(graph: Graph, sublayers: Iterable[Sublayer]) -> None:
         `methods/structure.md`, section 1.3.
     """
     chosen = sorted(set(sublayers), key=lambda sublayer: sublayer.index)
-    known = {sublayer.exit: 0 for sublayer in graph.stream.sublayers}
-    for sublayer in graph.stream.sublayers:
-        known[sublayer.exit] += 1
-    _check(chosen, known)
-    for end, arms in groupby(chosen, key=lambda sublayer: sublayer.exit):
-        group = list(arms)
-        before = _take_out(graph, group)
-        if len(group) == known[end] and end is not group[-1].adds[-1]:
-            graph.replace(end, before)
+    arms = Counter(sublayer.exit for sublayer in graph.stream.sublayers)
+    _check(chosen, arms)
+    for end, group in groupby(chosen, key=lambda sublayer: sublayer.exit):
+        taken = [_take_out(graph, sublayer) for sublayer in group]
+        if len(taken) == arms[end]:
+            for node in taken[0].tail:
+                graph.replace(node, data_inputs(node)[0])
 
 
-def _check(chosen: Sequence[Sublayer], known: dict[Node, int]) -> None:
+def _check(chosen: Sequence[Sublayer], known: Counter[Node]) -> None:
     strange = [sublayer.name for sublayer in chosen if sublayer.exit not in known]
     if strange:
         raise GraphError(
@@ -60,16 +60,13 @@ def _check(chosen: Sequence[Sublayer], known: dict[Node, int]) -> None:
         )
 
 
-def _take_out(graph: Graph, arms: Sequence[Sublayer]) -> Node:
-    """Remove the branches of one residual add; returns the stream where they were added."""
-    value = arms[0].entry
-    for arm in arms:
-        for add in arm.adds:
-            if arm.branch in add.args:
-                left, right = add.args[:2]
-                other = right if left is arm.branch else left
-                assert isinstance(other, Node)
-                graph.replace(add, other)
-                value = other
-                break
-    return value
+def _take_out(graph: Graph, sublayer: Sublayer) -> Sublayer:
+    """Replace the add that the branch goes into, as it is now, by its other operand."""
+    for add in sublayer.adds:
+        if sublayer.branch in add.args and add.users:
+            left, right = add.args[:2]
+            other = right if left is sublayer.branch else left
+            assert isinstance(other, Node)
+            graph.replace(add, other)
+            break
+    return sublayer

@@ -9,7 +9,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,7 +35,8 @@ class Join:
 
     Attributes:
         add: The node.
-        entry: The stream before it, peeled of casts, copies and scalars.
+        entry: The stream before it: what shortcut and branch both read, peeled of casts, copies
+            and scalars that belong to the shortcut alone.
         shortcut: The operand of `add` that carries the stream.
         branch: The other operand.
         projected: Whether the shortcut is not the stream but a linear map of it.
@@ -70,12 +71,18 @@ class Arm:
 
 def peel(node: Node) -> Node:
     """`node` before casts, copies, reshapes, dropout and multiplication by a number."""
+    return list(_peelings(node))[-1]
+
+
+def _peelings(node: Node) -> Iterator[Node]:
+    """`node`, and what it is before each step that `peel` goes back."""
     while True:
+        yield node
         name = base_name(node)
         keeps = name in _KEEPS_VALUE or (name in _SCALES and _by_number(node))
         sources = data_inputs(node) if keeps else []
         if not sources:
-            return node
+            return
         node = sources[0]
 
 
@@ -178,8 +185,10 @@ class Spines:
         return None
 
     def _identity(self, add: Node, shortcut: Node, branch: Node) -> Join | None:
-        entry = peel(shortcut)
-        return Join(add, entry, shortcut, branch) if self._leads(entry, branch) else None
+        for entry in _peelings(shortcut):
+            if self._leads(entry, branch):
+                return Join(add, entry, shortcut, branch)
+        return None
 
     def _beside(self, add: Node, shortcut: Node, branch: Node) -> Join | None:
         """``(x + f(x)) + g(x)`` where nothing else reads ``x + f(x)``."""
@@ -242,16 +251,21 @@ def tail_of(add: Node, value: Node) -> tuple[Node, ...] | None:
     return tuple(tail[::-1])
 
 
-def next_tail(add: Node, pattern: Sequence[str]) -> tuple[Node, ...]:
-    """The nodes after `add` that have the operators of `pattern`, if nothing else reads `add`."""
+def next_tail(add: Node, like: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes after `add` that do what `like` does, if nothing else reads the stream there."""
+    wanted = [base_name(node) for node in like if peel(node) is node]
     tail: list[Node] = []
     node = add
-    for name in pattern:
+    while wanted:
         users = [user for user in node.users if node in data_inputs(user)]
-        if len(users) != 1 or base_name(users[0]) != name:
+        if len(users) != 1:
             return ()
         node = users[0]
         tail.append(node)
+        if base_name(node) == wanted[0]:
+            wanted.pop(0)
+        elif peel(node) is node:
+            return ()
     return tuple(tail)
 
 

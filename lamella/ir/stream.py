@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
-from lamella.ir import blocks
+from lamella.ir import blocks, ops
 from lamella.ir.kinds import CROSS_ATTENTION, Kinds
-from lamella.ir.reach import Reach, base_name, is_data
-from lamella.ir.spine import Arm, Join, Spines, next_tail, tail_of
+from lamella.ir.reach import Reach, is_data
+from lamella.ir.spine import Arm, Join, Spines, next_tail, peel, tail_of
 
 if TYPE_CHECKING:
     from lamella.ir.graph import Graph
@@ -47,6 +47,8 @@ class Sublayer:
         nodes: What only this branch needs: its operators with its own norms and weights.
         spine: Which stream of the graph (encoder and decoder have one each).
         droppable: Whether the stream fits without the branch (no projected shortcut).
+        tail: The norms and activations from the residual add to `exit`; they go with the
+            sublayer (a norm of a norm's output is not that output).
         adds: All adds from `branch` to the stream, nearest first; `add` is the first.
         side_outputs: Nodes of the branch that are read outside of it (router logits,
             attention probabilities): they stay alive when the branch is dropped.
@@ -63,6 +65,7 @@ class Sublayer:
     nodes: frozenset[Node] = field(repr=False)
     spine: int
     droppable: bool = True
+    tail: tuple[Node, ...] = ()
     adds: tuple[Node, ...] = field(default=(), repr=False)
     side_outputs: tuple[Node, ...] = field(default=(), repr=False)
 
@@ -179,18 +182,24 @@ class _Finder:
     def _branches(self, joins: Sequence[Join], number: int) -> list[_Branch]:
         """The branches of one spine, with the stream value that follows each."""
         found: list[_Branch] = []
-        pattern: tuple[str, ...] = ()
-        for place, join in enumerate(joins):
-            following = [
-                later.entry for later in joins[place + 1 :] if later.entry is not join.entry
-            ]
-            tail = (tail_of(join.add, following[0]) or ()) if following else None
-            if tail is None:
-                tail = next_tail(join.add, pattern)
-            pattern = tuple(base_name(node) for node in tail)
-            end = tail[-1] if tail else join.add
-            found += [_Branch(join, arm, end, tail, number) for arm in self.spines.arms(join)]
+        tail: tuple[Node, ...] = ()
+        for entry, abreast in itertools.groupby(joins, key=lambda join: join.entry):
+            steps = list(abreast)
+            add = steps[-1].add
+            following = next((j.entry for j in joins if self._is_below(j, entry, add)), None)
+            known = None if following is None else tail_of(add, following)
+            # After the last branch of a post-norm stream comes the norm of its kind.
+            tail = next_tail(add, tail) if following is None else (known or ())
+            # Casts and reshapes after the add belong to what follows.
+            turns = tuple(node for node in tail if peel(node) is node)
+            end = turns[-1] if turns else add
+            for join in steps:
+                found += [_Branch(join, arm, end, turns, number) for arm in self.spines.arms(join)]
         return found
+
+    def _is_below(self, join: Join, entry: Node, add: Node) -> bool:
+        """Whether `join` comes after the residual add `add`, whose entry was `entry`."""
+        return join.entry is not entry and self.reach.place[join.add] > self.reach.place[add]
 
     def _grouped(self, branches: list[_Branch]) -> list[list[_Branch]]:
         """The branches of a spine block by block; thin convolutions beside attention go."""
@@ -241,7 +250,7 @@ class _Finder:
         for branch in group:
             region = branch.arm.region
             for other in group:
-                if other is not branch and other.exit is branch.exit:
+                if other is not branch and other.join.entry is branch.join.entry:
                     region &= ~other.arm.region
             found.append(self._with_private(region, values))
         return found
@@ -287,6 +296,7 @@ class _Finder:
                     nodes=nodes,
                     spine=branch.spine,
                     droppable=not branch.join.projected,
+                    tail=branch.tail,
                     adds=branch.arm.adds,
                     side_outputs=_side_outputs(nodes, branch.arm.adds),
                 )
@@ -316,5 +326,6 @@ def _side_outputs(nodes: frozenset[Node], adds: Sequence[Node]) -> tuple[Node, .
     return tuple(
         node
         for node in nodes
-        if node.op == "call_function" and any(user not in allowed for user in node.users)
+        if node.op == "call_function"
+        and any(user not in allowed and not ops.is_assert(user.target) for user in node.users)
     )
