@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from lamella.errors import RewriteError
 from lamella.ir import ops
 from lamella.ir.graph import Graph
+from lamella.rewrite.canonical.activations import ACTIVATIONS
 from lamella.rewrite.canonical.arithmetic import ARITHMETIC
+from lamella.rewrite.canonical.attention import ATTENTION
 from lamella.rewrite.canonical.cleanup import CLEANUP
 from lamella.rewrite.canonical.constants import WEIGHT_NORM, fold_constants
 from lamella.rewrite.canonical.contractions import CONTRACTIONS, raise_linears
 from lamella.rewrite.canonical.creation import CREATION
 from lamella.rewrite.canonical.functionalize import functionalize
 from lamella.rewrite.canonical.moe import raise_grouped_linears
+from lamella.rewrite.canonical.norms import NORMS
+from lamella.rewrite.canonical.rotary import ROTARY
 from lamella.rewrite.canonical.sharing import SIZES, share
 from lamella.rewrite.canonical.views import VIEWS
 from lamella.rewrite.driver import Skipped, rewrite
@@ -31,7 +35,13 @@ SPELLING_RULES: tuple[Rule, ...] = (
 )
 """One spelling of every operator."""
 
-IDIOM_RULES: tuple[Rule, ...] = (*CONTRACTIONS,)
+IDIOM_RULES: tuple[Rule, ...] = (
+    *NORMS,
+    *ACTIVATIONS,
+    *ROTARY,
+    *ATTENTION,
+    *CONTRACTIONS,
+)
 """Several operators that are one canonical operator."""
 
 _ROUNDS = 20
