@@ -1,0 +1,1 @@
+"""ONNX Runtime: our own writer from canonical operators to ONNX, and sessions that run it."""
