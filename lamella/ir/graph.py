@@ -307,19 +307,27 @@ class Graph:
         Returns:
             How many nodes went.
         """
+        removed = self.prune()
+        if self._unregister_unread() and not removed:
+            self._touch("finish")
+        self._module.graph.lint()
+        self._module.recompile()
+        return removed
+
+    def prune(self) -> int:
+        """Remove dead code only, as often as one likes while editing; then `finish`.
+
+        Returns:
+            How many nodes went.
+        """
         graph = self._module.graph
         before = len(graph.nodes)
         for node in reversed(list(graph.nodes)):
-            if ops.is_assert(node.target) and not node.users:
-                graph.erase_node(node)
-            elif not node.users and ops.is_pure(node):
+            if not node.users and (ops.is_assert(node.target) or ops.is_pure(node)):
                 graph.erase_node(node)
         removed = before - len(graph.nodes)
-        removed_weights = self._unregister_unread()
-        if removed or removed_weights:
+        if removed:
             self._touch("finish")
-        graph.lint()
-        self._module.recompile()
         return removed
 
     @contextlib.contextmanager
