@@ -33,9 +33,9 @@ class Training:
     heads: int = 8
     kv_heads: int = 4
     sequence: int = 256
-    batch: int = 16
+    batch: int = 8
     steps: int = 1500
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.1
     threads: int = 2
