@@ -48,10 +48,9 @@ def _scaled(count: float, unit: str, prefixes: tuple[str, ...]) -> str:
 
 def loss_text(loss: Loss) -> str:
     """``"kl 0.012, top-1 98.5 %"``: the output that lost most."""
-    worst = max(loss.outputs, key=lambda output: output.value, default=None)
-    if worst is None:
+    if loss.worst is None:
         return "nothing to compare"
-    text = f"{worst.measure} {worst.value:.3g}"
+    text = f"{loss.worst.measure} {loss.worst.value:.3g}"
     return text if loss.agreement is None else f"{text}, top-1 {100 * loss.agreement:.1f} %"
 
 

@@ -63,10 +63,20 @@ class Loss:
     source: Literal["samples", "probes"]
 
     @property
+    def worst(self) -> OutputLoss | None:
+        """The output that lost most: among the distributions if there are any, else among all.
+
+        The measures have different units, so only equal ones are compared where possible.
+        """
+        distributions = [output for output in self.outputs if output.measure == "kl"]
+        candidates = distributions or self.outputs
+        broken = [output for output in candidates if math.isnan(output.value)]
+        return max(broken or candidates, key=lambda output: output.value, default=None)
+
+    @property
     def value(self) -> float:
-        """The loss of the output that lost most; what `max_loss` is compared with."""
-        values = [output.value for output in self.outputs]
-        return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
+        """The loss of the worst output; what `max_loss` is compared with."""
+        return 0.0 if self.worst is None else self.worst.value
 
     @property
     def agreement(self) -> float | None:

@@ -123,7 +123,7 @@ class LossMeter:
 
     def result(self, source: Literal["samples", "probes"]) -> Loss:
         """The loss over all batches so far."""
-        measures = {one.name: one.measure for one in self.comparisons}
+        measures: dict[str, Measure] = {one.name: one.measure for one in self.comparisons}
         outputs = tuple(
             OutputLoss(name, measures[name], total.mean, total.maximum, total.share)
             for name, total in self._sums.items()
@@ -191,11 +191,10 @@ def kl_divergence(was: Tensor, now: Tensor) -> Tensor:
 
 
 def cosine_distance(was: Tensor, now: Tensor) -> Tensor:
-    """One minus the cosine of each pair of rows; 0 for two zero rows, 1 for one."""
+    """One minus the cosine of each pair of rows; 0 for equal rows, 1 for one row of zeros."""
     a, b = was.double(), now.double()
-    zero = (a.abs().amax(-1) == 0) & (b.abs().amax(-1) == 0)
     distance = 1.0 - functional.cosine_similarity(a, b, dim=-1, eps=1e-30)
-    return torch.where(zero, 0.0, distance).clamp_min(0.0)
+    return torch.where((a == b).all(-1), 0.0, distance).clamp_min(0.0)
 
 
 def deviation(was: Tensor, now: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""A transform and an analysis for Lamella in a distribution of their own."""
