@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lamella.ir.graph import Graph
 from lamella.ir.runner import Request
-from lamella.passes.analyses.stream_cosine import block_request, sublayer_request
+from lamella.passes.analyses.stream_cosine import block_requests, sublayer_requests
 from lamella.passes.base import Analyses, Analysis
 
 
@@ -47,7 +47,7 @@ class BranchSimilarity(Analysis[BranchSimilarityReport]):
 
     def requests(self, graph: Graph) -> tuple[Request, ...]:
         """One mean cosine per block and per branch."""
-        return (*_blocks(graph).values(), *_sublayers(graph).values())
+        return (*block_requests(graph).values(), *sublayer_requests(graph).values())
 
     def run(self, graph: Graph, analyses: Analyses) -> BranchSimilarityReport:
         """Run the samples once."""
@@ -57,12 +57,6 @@ class BranchSimilarity(Analysis[BranchSimilarityReport]):
             return {name: 1.0 - float(statistics[one]) for name, one in requests.items()}
 
         kinds = {branch.name: branch.kind for branch in graph.stream.sublayers}
-        return BranchSimilarityReport(scores(_blocks(graph)), scores(_sublayers(graph)), kinds)
-
-
-def _blocks(graph: Graph) -> dict[str, Request]:
-    return {block.name: block_request(block) for block in graph.blocks}
-
-
-def _sublayers(graph: Graph) -> dict[str, Request]:
-    return {branch.name: sublayer_request(branch) for branch in graph.stream.sublayers}
+        return BranchSimilarityReport(
+            scores(block_requests(graph)), scores(sublayer_requests(graph)), kinds
+        )

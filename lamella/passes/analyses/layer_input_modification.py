@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from lamella.ir.graph import Graph
 from lamella.ir.runner import Request
-from lamella.passes.analyses.stream_cosine import block_request, sublayer_request
+from lamella.passes.analyses.stream_cosine import block_requests, sublayer_requests
 from lamella.passes.base import Analyses, Analysis
 
 
@@ -56,6 +56,4 @@ class LayerInputModification(Analysis[LayerInputModificationReport]):
         return LayerInputModificationReport(values, self.level)
 
     def _requests(self, graph: Graph) -> dict[str, Request]:
-        if self.level == "block":
-            return {block.name: block_request(block) for block in graph.blocks}
-        return {branch.name: sublayer_request(branch) for branch in graph.stream.sublayers}
+        return block_requests(graph) if self.level == "block" else sublayer_requests(graph)

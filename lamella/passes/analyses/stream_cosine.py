@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 from torch.fx import Node
 
+from lamella.ir.graph import Graph
 from lamella.ir.ops import aten
 from lamella.ir.reducers import MeanCosine, Reducer, State
 from lamella.ir.runner import Request
-from lamella.ir.stream import Block, Sublayer
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,28 @@ class MeanCosineOfSum(Reducer):
         return MeanCosine().result(state)
 
 
-def block_request(block: Block) -> Request:
-    """The mean cosine of the entry and the exit of a block."""
-    nodes = frozenset(node for branch in block.sublayers for node in branch.nodes)
-    return _request(MeanCosine(), block.entry, block.exit, nodes)
+def block_requests(graph: Graph) -> dict[str, Request]:
+    """For every block by name, the mean cosine of its entry and its exit."""
+    return {
+        block.name: _request(MeanCosine(), block.entry, block.exit, block.nodes)
+        for block in graph.blocks
+    }
 
 
-def sublayer_request(branch: Sublayer) -> Request:
-    """The mean cosine of the stream before and after one branch.
+def sublayer_requests(graph: Graph) -> dict[str, Request]:
+    """For every branch by name, the mean cosine of the stream before and after it alone.
 
-    For branches that run in parallel and are summed before they join the stream, the stream
-    after one of them alone is ``entry + branch``.
+    Branches that run in parallel and join the stream together have one exit: the stream after
+    one of them alone is ``entry + branch``.
     """
-    operands = {operand for operand in branch.add.args[:2] if isinstance(operand, Node)}
-    if branch.branch in operands or branch.add is not branch.exit:
-        return _request(MeanCosine(), branch.entry, branch.exit, branch.nodes)
-    return _request(MeanCosineOfSum(), branch.entry, branch.branch, branch.nodes)
+    branches = graph.stream.sublayers
+    exits = Counter(branch.exit for branch in branches)
+    return {
+        branch.name: _request(MeanCosine(), branch.entry, branch.exit, branch.nodes)
+        if exits[branch.exit] == 1
+        else _request(MeanCosineOfSum(), branch.entry, branch.branch, branch.nodes)
+        for branch in branches
+    }
 
 
 def _request(reducer: Reducer, before: Node, after: Node, nodes: frozenset[Node]) -> Request:
