@@ -16,7 +16,7 @@ kept, each block for itself. Codes are computed from the scale *as it is stored*
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -32,8 +32,10 @@ BITS = (2, 4, 8, 32)
 BLOCKS = (32, 64, 128)
 """Weights that share a scale."""
 
-SCALE_DTYPES = (torch.float16, torch.float32)
-"""How scales may be stored."""
+SCALE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float16": torch.float16, "float32": torch.float32}
+)
+"""How scales may be stored, by name."""
 
 SHRINK = MappingProxyType(
     {
@@ -71,7 +73,7 @@ class Format:
     def __post_init__(self) -> None:
         _one_of("bits", self.bits, BITS)
         _one_of("block", self.block, BLOCKS)
-        _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        _one_of("scale_dtype", self.scale_dtype, tuple(SCALE_DTYPES.values()))
 
     def __str__(self) -> str:
         if self.bits == 32:

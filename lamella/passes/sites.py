@@ -20,6 +20,9 @@ from lamella.ir.ops import aten, lam
 
 Role = Literal["linear", "head", "router", "embedding"]
 
+FOLDED = "folded_by"
+"""Key in the meta of a weight whose value is no longer that of the checkpoint."""
+
 _READERS = frozenset({aten.linear.default, aten.embedding.default})
 
 

@@ -8,13 +8,12 @@ from typing import ClassVar
 
 from lamella.errors import BudgetError, PassError
 from lamella.ir.graph import Graph
-from lamella.ir.quantize import BITS, Format, weight_bytes
+from lamella.ir.quantize import BITS, SCALE_DTYPES, Format, weight_bytes
 from lamella.passes.base import Analyses, Effect, Transform
 from lamella.passes.scores import bit_score
 from lamella.passes.sites import Site, find_sites, tie_groups
 from lamella.passes.transforms.budget import Budget, Model
 from lamella.passes.transforms.knapsack import Option, cheapest, solve
-from lamella.passes.transforms.quantize_weights import SCALES
 
 Group = tuple[Site, ...]
 
@@ -74,8 +73,10 @@ class AllocateBits(Transform):
             raise ValueError(
                 f"choices must be among {', '.join(map(str, BITS))}, got {self.choices}"
             )
-        if self.scales not in SCALES:
-            raise ValueError(f"scales must be one of {', '.join(SCALES)}, got {self.scales!r}")
+        if self.scales not in SCALE_DTYPES:
+            raise ValueError(
+                f"scales must be one of {', '.join(SCALE_DTYPES)}, got {self.scales!r}"
+            )
         if self.min_size < 0:
             raise ValueError(f"min_size must not be negative, got {self.min_size}")
         bit_score(self.by, ())
@@ -108,7 +109,7 @@ class AllocateBits(Transform):
             analyses.note(text)
 
     def _formats(self) -> tuple[Format, ...]:
-        dtype = SCALES[self.scales]
+        dtype = SCALE_DTYPES[self.scales]
         return tuple(
             Format(bits, self.block, self.symmetric, dtype) for bits in sorted(set(self.choices))
         )

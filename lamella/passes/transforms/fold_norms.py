@@ -13,6 +13,7 @@ from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
 from lamella.passes.base import Analyses, Effect, Transform
+from lamella.passes.sites import FOLDED
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 _LAYERS = (aten.linear.default, lam.grouped_linear.default)
@@ -112,6 +113,7 @@ def _fold(graph: Graph, norm: Node, layers: list[Node]) -> None:
             value = graph.weight(weight)
             folded = value.double() * graph.weight(scale).double()
             graph.set_weight(weight, folded.to(value.dtype))
+            weight.meta[FOLDED] = FoldNorms.name
     graph.set_operand(norm, "weight", None)
     if bias is not None:
         graph.set_operand(norm, "bias", None)
@@ -127,6 +129,7 @@ def _add_to_bias(graph: Graph, layer: Node, shift: Tensor) -> None:
     total = total.to(value.dtype)
     if old is not None and list(old.users) == [layer]:
         graph.set_weight(old, total)
+        old.meta[FOLDED] = FoldNorms.name
     else:
         stem = str(weight.target).removesuffix(".weight")
         name = f"{stem}.bias_of_{layer.name}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -14,16 +13,11 @@ from torch.fx import Node
 from lamella.errors import GraphError, PassError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
-from lamella.ir.quantize import Format, Quantized, quantize
+from lamella.ir.quantize import SCALE_DTYPES, Format, Quantized, quantize
 from lamella.ir.reducers import MeanSquare
 from lamella.ir.runner import Request
 from lamella.passes.base import Analyses, Effect, Transform
 from lamella.passes.sites import Site, find_sites, other_weights
-
-SCALES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"float16": torch.float16, "float32": torch.float32}
-)
-"""How scales are stored, by the name of the option."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,10 @@ class QuantizeWeights(Transform):
     def __post_init__(self) -> None:
         if self.bits not in (None, 2, 4, 8):
             raise ValueError(f"bits must be 2, 4 or 8, or none for the plan, got {self.bits}")
-        if self.scales not in SCALES:
-            raise ValueError(f"scales must be one of {', '.join(SCALES)}, got {self.scales!r}")
+        if self.scales not in SCALE_DTYPES:
+            raise ValueError(
+                f"scales must be one of {', '.join(SCALE_DTYPES)}, got {self.scales!r}"
+            )
         if self.min_size < 0:
             raise ValueError(f"min_size must not be negative, got {self.min_size}")
         self._format(self.bits or 4)
@@ -91,7 +87,7 @@ class QuantizeWeights(Transform):
         _report(graph, analyses, sites, todo)
 
     def _format(self, bits: int) -> Format:
-        return Format(bits, self.block, self.symmetric, SCALES[self.scales])
+        return Format(bits, self.block, self.symmetric, SCALE_DTYPES[self.scales])
 
     def _uniform(self, sites: tuple[Site, ...]) -> dict[str, Format]:
         assert self.bits is not None
