@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from lamella.errors import RewriteError
 from lamella.ir import ops
 from lamella.ir.graph import Graph
-from lamella.rewrite.canonical.activations import ACTIVATIONS
+from lamella.rewrite.canonical.activations import ACTIVATION_SPELLING, ACTIVATIONS
 from lamella.rewrite.canonical.arithmetic import ARITHMETIC
-from lamella.rewrite.canonical.attention import ATTENTION
+from lamella.rewrite.canonical.attention import ATTENTION, ATTENTION_SPELLING
 from lamella.rewrite.canonical.cleanup import CLEANUP
 from lamella.rewrite.canonical.constants import WEIGHT_NORM, fold_constants
 from lamella.rewrite.canonical.contractions import CONTRACTIONS, raise_linears
@@ -30,6 +30,9 @@ SPELLING_RULES: tuple[Rule, ...] = (
     *VIEWS,
     *CREATION,
     *ARITHMETIC,
+    *CONTRACTIONS,
+    *ACTIVATION_SPELLING,
+    *ATTENTION_SPELLING,
     *SIZES,
     *WEIGHT_NORM,
 )
@@ -40,7 +43,6 @@ IDIOM_RULES: tuple[Rule, ...] = (
     *ACTIVATIONS,
     *ROTARY,
     *ATTENTION,
-    *CONTRACTIONS,
 )
 """Several operators that are one canonical operator."""
 
@@ -90,6 +92,7 @@ def canonicalize(graph: Graph) -> Canonicalization:
             break
     else:
         raise RewriteError(f"canonicalization does not end: {', '.join(sorted(done))}")
+    graph.finish()
     return Canonicalization(
         counts=dict(counts),
         nodes_before=before,

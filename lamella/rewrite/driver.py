@@ -59,12 +59,15 @@ class Rewrites:
 
 
 def apply_rules(graph: Graph, rules: Sequence[Rule]) -> dict[str, int]:
-    """Apply `rules` until none applies; how often each did, by name."""
-    return rewrite(graph, rules).counts
+    """Apply `rules` until none applies, and finish the graph; how often each did, by name."""
+    counts = rewrite(graph, rules).counts
+    if counts:
+        graph.finish()
+    return counts
 
 
 def rewrite(graph: Graph, rules: Sequence[Rule]) -> Rewrites:
-    """Apply `rules` until none applies, and leave the graph finished.
+    """Apply `rules` until none applies; dead code goes, the rest of finishing is left.
 
     One round visits every node once, in order; rules that start with the operator of the node
     are tried in the order given.
@@ -83,7 +86,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule]) -> Rewrites:
         total.update(tally.counts)
         if not tally.counts:
             return Rewrites(dict(total), tuple(tally.skipped.values()))
-        graph.finish()
+        graph.prune()
     fighting = ", ".join(sorted(tally.counts))
     raise RewriteError(f"rewrite rules still apply after {_ROUNDS} rounds: {fighting}")
 

@@ -132,5 +132,5 @@ ACTIVATIONS: tuple[Rule, ...] = (
     silu_from_sigmoid,
     mish_from_softplus,
     hardswish_from_clamp,
-    gelu_by_keyword,
 )
+ACTIVATION_SPELLING: tuple[Rule, ...] = (gelu_by_keyword,)

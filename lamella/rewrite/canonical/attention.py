@@ -219,9 +219,5 @@ def _not_repeated(short: Node, long: Any) -> str | None:
     return None
 
 
-ATTENTION: tuple[Rule, ...] = (
-    attention_from_softmax,
-    attention_in_full,
-    attention_to_everything,
-    attention_of_repeated_heads,
-)
+ATTENTION: tuple[Rule, ...] = (attention_from_softmax, attention_of_repeated_heads)
+ATTENTION_SPELLING: tuple[Rule, ...] = (attention_in_full, attention_to_everything)

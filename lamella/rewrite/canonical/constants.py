@@ -67,7 +67,7 @@ def fold_constants(graph: Graph) -> int:
             folded = graph.add_weight(_free_name(graph, sources), value.contiguous())
         graph.replace(node, folded)
     if frontier:
-        graph.finish()
+        graph.prune()
     return len(frontier)
 
 

@@ -138,7 +138,7 @@ def raise_linears(graph: Graph) -> int:
             graph.replace(reader, new)
         raised += len(readers)
     if raised:
-        graph.finish()
+        graph.prune()
     return raised
 
 

@@ -88,7 +88,7 @@ def functionalize(graph: Graph) -> Functionalization:
             + "; ".join(writes.problems)
         )
     if writes.count:
-        graph.finish()
+        graph.prune()
     return Functionalization(writes.count, tuple(dict.fromkeys(writes.inputs)))
 
 

@@ -33,7 +33,7 @@ def raise_grouped_linears(graph: Graph) -> int:
             graph.replace(node, made)
     turned_weights = _turn_weights(graph)
     if products or turned_weights:
-        graph.finish()
+        graph.prune()
     return len(products) + turned_weights
 
 

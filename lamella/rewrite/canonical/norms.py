@@ -65,9 +65,10 @@ def rms_norm_with_weight(graph: Graph, found: Match) -> Node | Skip:
         if len(found.nodes) == 2:
             return Skip(f"{w.name} is {dtype_of(w)} and the input {dtype_of(x)}")
         w = graph.call(aten.to.dtype, w, dtype_of(x), before=root)
-    made = graph.call(aten.rms_norm.default, x, found["shape"], w, found["eps"], before=root)
-    if dtype_of(made) == dtype_of(root):
-        return made
+    args = (x, found["shape"], w, found["eps"])
+    if dtype_of(x) == dtype_of(root):
+        return graph.call(aten.rms_norm.default, *args, before=root, like=root)
+    made = graph.call(aten.rms_norm.default, *args, before=root)
     return graph.call(aten.to.dtype, made, dtype_of(root), before=root, like=root)
 
 

@@ -34,7 +34,7 @@ def share(graph: Graph) -> int:
             graph.replace(node, first)
             shared += 1
     if shared:
-        graph.finish()
+        graph.prune()
     return shared
 
 
