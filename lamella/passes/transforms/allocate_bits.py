@@ -49,7 +49,7 @@ class AllocateBits(Transform):
         ValueError: An option has another value.
 
     References:
-        [Yao2021], section 4.2.
+        [Yao2021], for the integer program.
     """
 
     name: ClassVar[str] = "allocate-bits"

@@ -38,7 +38,7 @@ class BlendWeights(Transform):
         ValueError: A ratio is outside of [0, 1] or is not written like this.
 
     References:
-        [Wortsman2022], section 2.
+        [Wortsman2022].
     """
 
     name: ClassVar[str] = "blend-weights"

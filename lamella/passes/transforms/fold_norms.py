@@ -34,7 +34,7 @@ class FoldNorms(Transform):
     are reported with the reader that is in the way.
 
     References:
-        [Ashkboos2024], section 3.2.
+        [Ashkboos2024], section 4, stage 1a.
     """
 
     name: ClassVar[str] = "fold-norms"

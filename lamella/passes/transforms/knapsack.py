@@ -47,7 +47,7 @@ def solve(groups: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...]:
         ValueError: A loss is NaN or infinite.
 
     References:
-        [Yao2021], equation 6.
+        [Yao2021], for the integer program.
     """
     if not all(math.isfinite(option.loss) for options in groups for option in options):
         raise ValueError("a loss of the knapsack is NaN or infinite")

@@ -32,7 +32,7 @@ class RestoreBlocks(Transform):
         ValueError: `blocks` is empty or not written like this.
 
     References:
-        [Wortsman2022], section 2, with a ratio of 0 or 1 for each block.
+        [Wortsman2022], with a ratio of 0 or 1 for each block.
     """
 
     name: ClassVar[str] = "restore-blocks"
