@@ -49,6 +49,7 @@ class Description:
     Attributes:
         backend: Name of the backend that made it and can load it.
         signature: `Signature.to_json`.
+        inputs: `InputSpec.to_json` of each flat input; `specs_from_json` reads them.
         recipe: The passes, as data.
         report: `Report.to_json`, or None.
         details: What the backend needs beside the files.
@@ -56,6 +57,7 @@ class Description:
 
     backend: str
     signature: Mapping[str, Any]
+    inputs: Sequence[Mapping[str, Any]] = ()
     recipe: Any = None
     report: Any = None
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from torch import Tensor
 
 from lamella.backends.artifact import Artifact, Description, save_artifact
+from lamella.backends.inputs import InputSpec
 from lamella.errors import UnsupportedError
 from lamella.ir.signature import Signature
 
@@ -24,15 +25,22 @@ class Executable(abc.ABC):
     Attributes:
         backend: Name of the backend that made it.
         signature: Inputs and outputs of the model.
+        inputs: Dtype and shape of each flat input; saved in the manifest.
         report: What the compilation did, or None when the graph was lowered on its own.
         recipe: The passes as data (anything JSON can hold), written into the manifest.
     """
 
     backend: ClassVar[str]
 
-    def __init__(self, signature: Signature, report: Report | None = None) -> None:
-        """Subclasses call this first."""
+    def __init__(
+        self,
+        signature: Signature,
+        report: Report | None = None,
+        inputs: Sequence[InputSpec] = (),
+    ) -> None:
+        """Subclasses call this first; `inputs` are `specs_of(graph)`."""
         self.signature = signature
+        self.inputs = tuple(inputs)
         self.report = report
         self.recipe: Any = None
 
@@ -89,6 +97,7 @@ class Executable(abc.ABC):
         description = Description(
             backend=self.backend,
             signature=self.signature.to_json(),
+            inputs=[spec.to_json() for spec in self.inputs],
             recipe=self.recipe,
             report=None if self.report is None else self.report.to_json(),
         )

@@ -54,8 +54,7 @@ class AotExecutable(Executable):
         self, portable: Portable, package: Path, signature: Signature, report: Report | None
     ) -> None:
         """Load the machine code of `package` and give it the weights of `portable`."""
-        super().__init__(signature, report)
-        self.inputs = portable.inputs
+        super().__init__(signature, report, portable.inputs)
         self._portable = portable
         self._package = package
         self._compiled = load_package(package)

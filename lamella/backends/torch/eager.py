@@ -39,8 +39,7 @@ class EagerExecutable(Executable):
 
     def __init__(self, portable: Portable, signature: Signature, report: Report | None) -> None:
         """Build the module that runs from the portable graph."""
-        super().__init__(signature, report)
-        self.inputs = portable.inputs
+        super().__init__(signature, report, portable.inputs)
         self._portable = portable
         self._module, self.unpacked = unpacked(portable.module())
 

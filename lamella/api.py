@@ -1,0 +1,243 @@
+"""What users call. The only place that knows all layers.
+
+Everything that can be wrong from the start (the recipe, the backend, the samples, operators the
+backend can't lower) is checked before anything that takes long.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lamella import plugins
+from lamella.backends.artifact import Artifact, load_artifact
+from lamella.backends.base import Backend, Executable
+from lamella.backends.registry import HOMES, make_backend
+from lamella.data import Batch, Samples
+from lamella.ir.finite import check_weights
+from lamella.ir.graph import Graph
+from lamella.ir.sources import Inputs, Model, Source, read_model
+from lamella.passes.base import Analyses, Analysis, Transform
+from lamella.passes.instruments import Instrument
+from lamella.passes.manager import run_passes
+from lamella.passes.probes import check_samples
+from lamella.recipe import parse_analysis, parse_passes, recipe_of
+from lamella.report import Report
+from lamella.rewrite.canonicalize import canonicalize
+
+R = TypeVar("R")
+
+Pass = Transform | str | Mapping[str, Any]
+"""A pass: an object, ``"drop-blocks count=2"``, or a mapping from a recipe."""
+
+SampleSource = Samples | Iterable[Batch] | Iterable[str]
+"""Input dicts, or texts for a model whose folder has a tokenizer."""
+
+
+def capture(model: Model, inputs: Inputs | None = None, *, dynamic: bool = True) -> Graph:
+    """The canonical graph of a model; it shares the weights of the model and runs like it.
+
+    Args:
+        model: An `nn.Module`, a Hugging Face model, folder or hub id, an `ExportedProgram` or
+            ``.pt2`` file, or an ``.onnx`` file. A graph is given back as it is.
+        inputs: Sample inputs, a dict of keywords or a sequence of arguments; batch and
+            sequence larger than 1. Models of Hugging Face and files don't need them.
+        dynamic: Let batch and sequence vary.
+
+    Raises:
+        CaptureError: The model can't be traced, or inputs are missing.
+        ModelFileError: A file is missing or corrupt.
+    """
+    return read(model, inputs, dynamic=dynamic).graph
+
+
+def transform(
+    graph: Graph,
+    passes: Sequence[Pass],
+    *,
+    samples: SampleSource | None = None,
+    max_loss: float | None = None,
+    strict: bool = False,
+) -> Report:
+    """Edit a graph by passes, each of them checked; on any error the graph stays as it was.
+
+    Args:
+        graph: From `capture`; edited in place. The model it came from is not touched.
+        passes: What to do, in order.
+        samples: Calibration inputs; they also measure the loss.
+        max_loss: Stop when the outputs are farther from the original than this (KL divergence
+            in nats for logits, one minus cosine for embeddings).
+        strict: Make it an error when a pass skips something.
+
+    Raises:
+        RecipeError: A pass or an option does not exist.
+        SamplesError: The samples don't fit the graph.
+        PassError: A pass failed, broke its promise, or cost more than `max_loss`.
+    """
+    job = Compilation(parse_passes(passes), max_loss=max_loss, strict=strict)
+    return job.edit(Source(graph), samples)
+
+
+def lower(graph: Graph, backend: str | Backend = "onnxruntime") -> Executable:
+    """Turn a graph into an executable with the signature of the model.
+
+    Args:
+        graph: From `capture`.
+        backend: ``"onnxruntime"``, ``"eager"``, ``"aot"``, one of a plugin, or an object.
+
+    Raises:
+        BackendError: There is no such backend, something it needs is missing, or it can't run
+            some operators (all are listed).
+    """
+    lowering = find_backend(backend)
+    lowering.ensure_available()
+    return lowering.lower(graph)
+
+
+def compile(  # noqa: PLR0913  (the public signature)
+    model: Model,
+    inputs: Inputs | None = None,
+    *,
+    passes: Sequence[Pass],
+    samples: SampleSource | None = None,
+    backend: str | Backend = "onnxruntime",
+    max_loss: float | None = None,
+    strict: bool = False,
+) -> Executable:
+    """Capture a model, edit it by passes and lower it: `capture`, `transform`, `lower` in one.
+
+    The model is not changed. The result is called like it and returns the same type.
+
+    Args:
+        model: As for `capture`.
+        inputs: As for `capture`.
+        passes: As for `transform`.
+        samples: As for `transform`; texts when `model` is a folder with a tokenizer.
+        backend: As for `lower`.
+        max_loss: As for `transform`.
+        strict: As for `transform`.
+
+    Raises:
+        LamellaError: See `capture`, `transform` and `lower`.
+    """
+    job = Compilation(parse_passes(passes), backend, max_loss=max_loss, strict=strict)
+    return job.run(model, inputs, samples)
+
+
+def analyze(
+    model_or_graph: Model,
+    analysis: Analysis[R] | str | Mapping[str, Any],
+    *,
+    samples: SampleSource | None = None,
+) -> R | Any:
+    """The report of one analysis, for example ``analyze(model, Cost())`` or ``"cost"``.
+
+    Args:
+        model_or_graph: As for `capture`; a module that is not from Hugging Face is captured
+            first, because it needs inputs.
+        analysis: An object, or its spelling.
+        samples: Calibration inputs, for an analysis that needs data.
+
+    Raises:
+        RecipeError: There is no such analysis.
+        SamplesError: The samples are missing, or don't fit.
+    """
+    question = parse_analysis(analysis)
+    source = read(model_or_graph)
+    data = samples_for(source, samples)
+    return Analyses(source.graph, data).get(question)
+
+
+def load(folder: str | os.PathLike[str]) -> Executable:
+    """The executable that was saved into `folder`, after its digests were checked.
+
+    Raises:
+        ArtifactError: The folder is missing or corrupt.
+        BackendError: Something its backend needs is missing.
+    """
+    names = (*HOMES, *plugins.backends())
+    return load_artifact(os.fspath(folder), {name: _loader(name) for name in names})
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A compilation before it meets a model.
+
+    Attributes:
+        passes: What to do, in order.
+        backend: Name of a backend, or the backend.
+        max_loss: Largest loss, or None.
+        strict: Whether skipping something is an error.
+        instruments: What watches the passes, for example a progress bar.
+    """
+
+    passes: tuple[Transform, ...]
+    backend: str | Backend = "onnxruntime"
+    max_loss: float | None = None
+    strict: bool = False
+    instruments: tuple[Instrument, ...] = field(default=())
+
+    def run(
+        self, model: Model, inputs: Inputs | None = None, samples: SampleSource | None = None
+    ) -> Executable:
+        """Capture, edit and lower."""
+        lowering = find_backend(self.backend)
+        lowering.ensure_available()
+        source = read(model, inputs)
+        if source.graph is model:
+            source = Source(source.graph.copy(), source.tokenizer)
+        lowering.check(source.graph)
+        report = self.edit(source, samples)
+        executable = lowering.lower(source.graph, report)
+        executable.recipe = recipe_of(self.passes)
+        return executable
+
+    def edit(self, source: Source, samples: SampleSource | None = None) -> Report:
+        """Run the passes on the graph of `source`."""
+        check_weights(source.graph)
+        return run_passes(
+            source.graph,
+            self.passes,
+            samples=samples_for(source, samples),
+            max_loss=self.max_loss,
+            strict=self.strict,
+            instruments=self.instruments,
+        )
+
+
+def find_backend(backend: str | Backend) -> Backend:
+    """The backend of that name, of Lamella or of a plugin.
+
+    Raises:
+        BackendError: There is none of that name.
+    """
+    if isinstance(backend, Backend):
+        return backend
+    return make_backend(backend, plugins.backends())
+
+
+def _loader(name: str) -> Callable[[Artifact], Executable]:
+    # The backend is imported when an artifact asks for it, not for every one there is.
+    return lambda artifact: find_backend(name).load(artifact)
+
+
+def read(model: Model, inputs: Inputs | None = None, *, dynamic: bool = True) -> Source:
+    """The canonical graph of a model, with its tokenizer; see `capture`."""
+    source = read_model(model, inputs, dynamic=dynamic)
+    if not isinstance(model, Graph):
+        canonicalize(source.graph)
+    return source
+
+
+def samples_for(source: Source, samples: SampleSource | None) -> Samples | None:
+    """Samples that fit the graph, or None."""
+    if samples is None:
+        return None
+    prepared = Samples.of(samples, tokenizer=source.tokenizer)
+    if source.tokenizer is not None:
+        # A tokenizer gives more than some models take.
+        prepared = prepared.select(source.graph.signature.inputs)
+    check_samples(prepared, source.graph)
+    return prepared

@@ -1,0 +1,76 @@
+"""``lamella compile``: a model through a pipeline into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lamella.cli.console import errors_in_one_line, out, show_json
+from lamella.cli.lazy import api, instruments, recipe, sample_files
+
+
+@errors_in_one_line()
+def compile_model(  # noqa: PLR0913  (one parameter per option)
+    model: Annotated[
+        str, typer.Argument(help="Model folder, hub id, .onnx or .pt2 file.", show_default=False)
+    ],
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)
+    ],
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", "-r", help="YAML file with the passes.")
+    ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", "-p", help='A pass, as "drop-blocks count=2"; repeatable.'),
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="Text file (a text per line), or folder of .txt, .safetensors or .npz."),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", "-b", help="onnxruntime, eager, aot, or one of a plugin.")
+    ] = "onnxruntime",
+    max_loss: Annotated[
+        float | None, typer.Option(help="Stop when a pass costs more than this.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Skipping a layer is an error.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compile a model: edit it by passes and save something smaller and faster."""
+    pipeline = pipeline_of(recipe_file, passes or [])
+    texts = None if samples is None else sample_files.read_samples(samples)
+    job = api.Compilation(
+        pipeline,
+        backend,
+        max_loss=max_loss,
+        strict=strict,
+        instruments=(instruments.Progress(),),
+    )
+    executable = job.run(model, samples=texts)
+    executable.save(folder)
+    _show(executable, folder, as_json)
+
+
+def pipeline_of(recipe_file: Path | None, passes: list[str]) -> tuple[Any, ...]:
+    """The passes of a recipe file, then those of the options.
+
+    Raises:
+        RecipeError: There is neither, or something is misspelled.
+    """
+    pipeline: tuple[Any, ...] = ()
+    if recipe_file is not None:
+        pipeline += recipe.load_recipe(recipe_file)
+    return pipeline + recipe.parse_passes(passes)
+
+
+def _show(executable: Any, folder: Path, as_json: bool) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    report = executable.report.extended(files=sizes)
+    if as_json:
+        show_json(report.to_json())
+        return
+    out.print(report.table())
+    out.print(f"saved to {folder}", markup=False)

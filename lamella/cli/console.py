@@ -1,0 +1,115 @@
+"""What every command shares: where text goes, how errors end, how progress shows."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lamella.errors import LamellaError
+
+BAD_INPUT = 2
+"""Exit status for everything that the user can mend."""
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
+out = Console(soft_wrap=False, highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Settings:
+    """What the options before the command say."""
+
+    debug: bool = False
+
+
+settings = Settings()
+
+
+def show_json(value: Any) -> None:
+    """Print data for other programs, on a line per entry."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Generator[None]:
+    """End the process with one line and a status instead of a traceback.
+
+    Raises:
+        SystemExit: With 2 for an error of ours or of the system, 130 after Ctrl-C, 1 for a bug.
+    """
+    _terminate_politely()
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing was left half-written")
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+    except (LamellaError, OSError, ValueError, MemoryError) as error:
+        _complain(_text_of(error), error)
+        raise SystemExit(BAD_INPUT) from None
+    except Exception as error:
+        _complain(f"internal error: {_text_of(error)}", error)
+        if not settings.debug:
+            err.print("this is a bug in lamella; `lamella --debug …` shows where", style="dim")
+        raise SystemExit(1) from None
+
+
+def show_warnings() -> None:
+    """Warnings of Lamella go to stderr, one line each; third parties stay quiet."""
+    package = str(Path(__file__).parents[1])
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+        if filename.startswith(package) or settings.debug:
+            err.print(f"warning: {message}", style="yellow", markup=False)
+
+    warnings.showwarning = show
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logger = logging.getLogger("lamella")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if settings.debug else logging.WARNING)
+
+
+def _complain(text: str, error: BaseException) -> None:
+    if settings.debug:
+        traceback.print_exception(error)
+    err.print(f"error: {text}", style="red", markup=False)
+
+
+def _text_of(error: BaseException) -> str:
+    """The message in one line, with the notes that were added on the way."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this model"
+    text = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOENT and error.filename:
+        text = f"there is no file {str(error.filename)!r}"
+    elif isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        text = f"{error.strerror}{where}"
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    return " ".join(f"{text or type(error).__name__}{notes}".split())
+
+
+def _terminate_politely() -> None:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that what lies aside is removed."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,47 @@
+"""Modules that are imported when a command uses them: PyTorch alone takes seconds."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lamella import api, plugins, recipe, sample_files
+    from lamella.backends import inputs
+    from lamella.ir import ops
+    from lamella.passes import bisect, instruments, options
+    from lamella.passes.analyses import cost
+else:
+
+    class _Lazy:
+        """Stands in for a module until an attribute of it is asked for."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(importlib.import_module(self._name), attribute)
+
+    api = _Lazy("lamella.api")
+    bisect = _Lazy("lamella.passes.bisect")
+    cost = _Lazy("lamella.passes.analyses.cost")
+    inputs = _Lazy("lamella.backends.inputs")
+    instruments = _Lazy("lamella.passes.instruments")
+    ops = _Lazy("lamella.ir.ops")
+    options = _Lazy("lamella.passes.options")
+    plugins = _Lazy("lamella.plugins")
+    recipe = _Lazy("lamella.recipe")
+    sample_files = _Lazy("lamella.sample_files")
+
+__all__ = [
+    "api",
+    "bisect",
+    "cost",
+    "inputs",
+    "instruments",
+    "ops",
+    "options",
+    "plugins",
+    "recipe",
+    "sample_files",
+]
