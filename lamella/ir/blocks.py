@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from torch.fx import Node
 
-from lamella.ir.kinds import CHANNEL_MIXERS, CROSS_ATTENTION
+from lamella.ir.kinds import CHANNEL_MIXERS, CROSS_ATTENTION, LAYERS
+from lamella.ir.reach import base_name
 
 B = TypeVar("B")
 
@@ -54,7 +55,8 @@ def _letter(kind: str) -> str:
 def block_names(owned: Sequence[Sequence[frozenset[Node]]]) -> list[str]:
     """A distinct name for every block, given the nodes of its sublayers.
 
-    The name is the longest dotted name that its own weights share. Where that says nothing
+    The name is the longest dotted name that the weights of its linear and convolution layers
+    share. Where that says nothing
     (no names, or one that several blocks share), blocks are numbered.
     """
     shared = [_shared_name(frozenset().union(*nodes)) for nodes in owned]
@@ -72,7 +74,8 @@ def _is_telling(name: str, place: int, names: Sequence[str]) -> bool:
 
 
 def _shared_name(nodes: frozenset[Node]) -> str:
-    names = [str(node.target).split(".") for node in nodes if node.op == "get_attr"]
+    weights = [node for node in nodes if node.op == "get_attr" and _feeds_layer(node)]
+    names = [str(node.target).split(".") for node in weights]
     if not names:
         return ""
     shared: list[str] = []
@@ -84,6 +87,10 @@ def _shared_name(nodes: frozenset[Node]) -> str:
     while shared and not shared[-1].isdigit() and any(part.isdigit() for part in shared):
         shared.pop()
     return ".".join(shared)
+
+
+def _feeds_layer(weight: Node) -> bool:
+    return any(base_name(user) in LAYERS for user in weight.users)
 
 
 def sublayer_names(block: str, kinds: Sequence[str]) -> list[str]:

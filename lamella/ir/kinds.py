@@ -34,9 +34,10 @@ CONVOLUTIONS = frozenset(
 _ATTENTIONS = frozenset({"scaled_dot_product_attention"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 _EXPERTS = frozenset({"grouped_linear", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
-CONTRACTIONS = frozenset(
-    {"linear", "linear_nbits", "mm", "addmm"} | CONVOLUTIONS | _ATTENTIONS | _PRODUCTS | _EXPERTS
-)
+LAYERS = frozenset({"linear", "linear_nbits", "mm", "addmm"} | CONVOLUTIONS | _EXPERTS)
+"""Operators that multiply by a weight."""
+
+CONTRACTIONS = LAYERS | _ATTENTIONS | _PRODUCTS
 """Operators that sum over an axis of a weight or of two activations."""
 
 NONLINEAR = frozenset(
