@@ -17,9 +17,11 @@ from lamella.rewrite.canonical.constants import WEIGHT_NORM, fold_constants
 from lamella.rewrite.canonical.contractions import CONTRACTIONS, raise_linears
 from lamella.rewrite.canonical.creation import CREATION
 from lamella.rewrite.canonical.functionalize import functionalize
+from lamella.rewrite.canonical.masks import MASKS
 from lamella.rewrite.canonical.moe import raise_grouped_linears
 from lamella.rewrite.canonical.norms import NORMS
 from lamella.rewrite.canonical.rotary import ROTARY
+from lamella.rewrite.canonical.rows import ROWS
 from lamella.rewrite.canonical.sharing import SIZES, share
 from lamella.rewrite.canonical.views import VIEWS
 from lamella.rewrite.driver import Skipped, rewrite
@@ -33,6 +35,8 @@ SPELLING_RULES: tuple[Rule, ...] = (
     *CONTRACTIONS,
     *ACTIVATION_SPELLING,
     *ATTENTION_SPELLING,
+    *MASKS,
+    *ROWS,
     *SIZES,
     *WEIGHT_NORM,
 )

@@ -123,8 +123,10 @@ class Number(Pattern):
 
 @dataclass(frozen=True)
 class Literal(Pattern):
-    """One constant. Numbers are compared with a relative tolerance, since models spell
-    ``sqrt(2 / pi)`` with five to sixteen digits.
+    """One constant.
+
+    Numbers are compared with a relative tolerance, since models spell ``sqrt(2 / pi)`` with five
+    to sixteen digits.
     """
 
     value: Any

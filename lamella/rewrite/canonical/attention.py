@@ -150,23 +150,6 @@ def attention_in_full(graph: Graph, found: Match) -> Node | Skip:
     return graph.call(_SDPA, *args, before=root, like=root, **kwargs)
 
 
-@rule(
-    Call(
-        _SDPA,
-        Var("q"),
-        Var("k"),
-        Var("v"),
-        Call(aten.full.default, Var("size"), True, ...),
-        ...,
-    )
-)
-def attention_to_everything(graph: Graph, found: Match) -> Node:
-    """``sdpa(q, k, v, True) -> sdpa(q, k, v, None)``: a mask that hides nothing."""
-    root = found.root
-    args = (*root.args[:3], None, *root.args[4:])
-    return graph.call(_SDPA, *args, before=root, like=root, **root.kwargs)
-
-
 def _repeated(name: str) -> Pattern:
     """Heads that are repeated for groups of queries."""
     return AnyOf(
@@ -220,4 +203,4 @@ def _not_repeated(short: Node, long: Any) -> str | None:
 
 
 ATTENTION: tuple[Rule, ...] = (attention_from_softmax, attention_of_repeated_heads)
-ATTENTION_SPELLING: tuple[Rule, ...] = (attention_in_full, attention_to_everything)
+ATTENTION_SPELLING: tuple[Rule, ...] = (attention_in_full,)

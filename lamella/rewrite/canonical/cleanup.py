@@ -63,8 +63,9 @@ _CASTS = (
 
 @rule(Call(_CASTS, Var("x"), ...))
 def cast_is_to_dtype(graph: Graph, found: Match) -> Node | Skip:
-    """``type_as(x, y) -> to(x, dtype of y)``, and so for `to.device` and others; to its own
-    dtype ``-> x``. Devices are the business of whoever runs the graph.
+    """``type_as(x, y) -> to(x, dtype of y)``, and so for `to.device` and others.
+
+    A cast to its own dtype is nothing. Devices are the business of whoever runs the graph.
     """
     root, x = found.root, found["x"]
     wanted = dtype_of(root)
@@ -87,7 +88,7 @@ def cast_of_wider_cast(graph: Graph, found: Match) -> Node | Skip:
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    if wide == narrow or narrow == torch.bool:
+    if narrow in (wide, torch.bool):
         return True
     if wide.is_floating_point and narrow.is_floating_point:
         one, two = torch.finfo(wide), torch.finfo(narrow)
@@ -119,25 +120,10 @@ def neutral_operand(graph: Graph, found: Match) -> Node | Skip:
     return x
 
 
-@rule(
-    AnyOf(
-        Call(aten.logical_and.default, Var("x"), Call(aten.full.default, Var("size"), True, ...)),
-        Call(aten.logical_or.default, Var("x"), Call(aten.full.default, Var("size"), False, ...)),
-    )
-)
-def neutral_condition(graph: Graph, found: Match) -> Node | Skip:
-    """``x & True -> x`` and ``x | False -> x``."""
-    x: Node = found["x"]
-    if dtype_of(x) != torch.bool or not same_shape(shape_of(x), shape_of(found.root)):
-        return Skip("the result has another shape or dtype")
-    return x
-
-
 CLEANUP: tuple[Rule, ...] = (
     copy_is_nothing,
     dropout_is_nothing,
     cast_is_to_dtype,
     cast_of_wider_cast,
     neutral_operand,
-    neutral_condition,
 )

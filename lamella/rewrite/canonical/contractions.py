@@ -12,7 +12,6 @@ from lamella.ir.graph import Graph
 from lamella.rewrite.canonical.extents import (
     dtype_of,
     is_tensor,
-    same_extent,
     same_shape,
     shape_of,
     value_of,
@@ -85,31 +84,12 @@ def linear_with_bias(graph: Graph, found: Match) -> Node | Skip:
     return graph.call(aten.linear.default, found["x"], w, bias, before=root, like=root)
 
 
-@rule(
-    Call(
-        aten.reshape.default,
-        Call(aten.linear.default, Call(aten.reshape.default, Var("x"), Var("flat")), Var("w"), ...),
-        Var("size"),
-    )
-)
-def linear_of_flat_rows(graph: Graph, found: Match) -> Node | Skip:
-    """``reshape(linear(reshape(x, [-1, n]), w, b), [.., m]) -> linear(x, w, b)``."""
-    root, linear, x, w = found.root, found.nodes[1], found["x"], found["w"]
-    rows, columns = shape_of(w)
-    if not is_tensor(x) or not same_extent(shape_of(x)[-1], columns):
-        return Skip("the last axis changes before the product")
-    if not same_shape(shape_of(root), (*shape_of(x)[:-1], rows)):
-        return Skip("the leading axes change")
-    return graph.call(aten.linear.default, x, *linear.args[1:], before=root, like=root)
-
-
 CONTRACTIONS: tuple[Rule, ...] = (
     product_is_matmul,
     addmm_is_sum,
     matmul_of_turned_weight,
     matmul_of_weight_before,
     linear_with_bias,
-    linear_of_flat_rows,
 )
 
 
