@@ -180,13 +180,16 @@ class Compilation:
     instruments: tuple[Instrument, ...] = field(default=())
 
     def run(
-        self, model: Model, inputs: Inputs | None = None, samples: SampleSource | None = None
+        self,
+        model: Model | Source,
+        inputs: Inputs | None = None,
+        samples: SampleSource | None = None,
     ) -> Executable:
-        """Capture, edit and lower."""
+        """Capture, edit and lower; a graph or source that is given stays as it is."""
         lowering = find_backend(self.backend)
         lowering.ensure_available()
-        source = read(model, inputs)
-        if source.graph is model:
+        source = model if isinstance(model, Source) else read(model, inputs)
+        if isinstance(model, Source | Graph):
             source = Source(source.graph.copy(), source.tokenizer)
         lowering.check(source.graph)
         report = self.edit(source, samples)
