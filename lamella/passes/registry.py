@@ -8,10 +8,34 @@ from __future__ import annotations
 
 from typing import Any
 
+from lamella.passes.analyses.branch_similarity import BranchSimilarity
+from lamella.passes.analyses.cost import Cost
+from lamella.passes.analyses.layer_input_modification import LayerInputModification
+from lamella.passes.analyses.z_score_distribution import ZScoreDistribution
 from lamella.passes.base import Analysis, Transform
+from lamella.passes.transforms.allocate_bits import AllocateBits
+from lamella.passes.transforms.blend_weights import BlendWeights
+from lamella.passes.transforms.drop_blocks import DropBlocks
+from lamella.passes.transforms.drop_sublayers import DropSublayers
+from lamella.passes.transforms.fold_norms import FoldNorms
+from lamella.passes.transforms.quantize_weights import QuantizeWeights
+from lamella.passes.transforms.restore_blocks import RestoreBlocks
 
-TRANSFORMS: tuple[type[Transform], ...] = ()
+TRANSFORMS: tuple[type[Transform], ...] = (
+    FoldNorms,
+    DropBlocks,
+    DropSublayers,
+    AllocateBits,
+    QuantizeWeights,
+    BlendWeights,
+    RestoreBlocks,
+)
 """The built-in transforms, in the order in which they are listed."""
 
-ANALYSES: tuple[type[Analysis[Any]], ...] = ()
+ANALYSES: tuple[type[Analysis[Any]], ...] = (
+    Cost,
+    BranchSimilarity,
+    LayerInputModification,
+    ZScoreDistribution,
+)
 """The built-in analyses, in the order in which they are listed."""
