@@ -27,8 +27,8 @@ class Skipped:
 
     Attributes:
         rule: Name of the rule.
-        node: Name of the root of the match.
-        reason: Why.
+        node: Name of the node where the match starts.
+        reason: Which condition failed, on which node.
     """
 
     rule: str

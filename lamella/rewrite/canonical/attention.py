@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.rewrite.canonical.extents import (
     dtype_of,
@@ -16,7 +19,7 @@ from lamella.rewrite.canonical.extents import (
     same_shape,
     shape_of,
 )
-from lamella.rewrite.pattern import AnyOf, Call, Cast, Match, Number, Pattern, Var
+from lamella.rewrite.pattern import AnyOf, Call, Cast, Match, Matcher, Pattern, Var
 from lamella.rewrite.rule import Rule, Skip, rule
 
 aten = torch.ops.aten
@@ -25,106 +28,169 @@ _SDPA = aten.scaled_dot_product_attention.default
 _FAR = -1e20
 """A masking value below this swamps every score, so that adding is as good as replacing."""
 
-_PRODUCT = Call(aten.matmul.default, Var("q"), Var("kt"))
-_SCALED = AnyOf(
-    Call(aten.mul.Tensor, _PRODUCT, Number("scale")),
-    Call(aten.div.Tensor, _PRODUCT, Number("divisor")),
-    _PRODUCT,
-)
-_SCORES = Cast(
-    AnyOf(
-        Call(aten.add.Tensor, _SCALED, Var("mask")),
-        Call(
-            (aten.masked_fill.Scalar, aten.masked_fill.Tensor),
-            _SCALED,
-            Var("hidden"),
-            Number("far"),
-        ),
-        Call(aten.where.ScalarOther, Var("shown"), _SCALED, Number("far")),
-        Call(aten.where.self, Var("shown"), _SCALED, Number("far")),
-        Call(aten.where.ScalarSelf, Var("hidden"), Number("far"), _SCALED),
-        Call(aten.where.self, Var("hidden"), Number("far"), _SCALED),
-        _SCALED,
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a softmax is taken of: ``scale * matmul(q, kt)`` plus masks."""
+
+    q: Node
+    kt: Node
+    scale: float = 1.0
+    masks: tuple[Node, ...] = ()
+
+
+@rule(
+    Call(
+        aten.matmul.default,
+        Cast(Call(aten.softmax.int, Var("scores"), Var("dim"), ...)),
+        Var("v"),
     )
 )
-
-
-def _weighted(scores: Pattern) -> Pattern:
-    return Call(
-        aten.matmul.default, Cast(Call(aten.softmax.int, scores, Var("dim"), ...)), Var("v")
-    )
-
-
-@rule(_weighted(_SCORES))
 def attention_from_softmax(graph: Graph, found: Match) -> Node | Skip:
     """``softmax(q k^T * scale + mask) v -> scaled_dot_product_attention(q, k, v, mask)``.
 
-    A mask that replaces scores by a very small number becomes one that adds it. Between
-    product and softmax nothing else may happen: a soft cap (tanh) is no attention of this kind.
+    Up to any number of masks may be added, or may replace scores by a very small number, which
+    becomes a mask that adds it. Between product and softmax nothing else may happen: a soft cap
+    (tanh), or a reshape, is no attention of this kind.
     """
-    q, kt, v, root = found["q"], found["kt"], found["v"], found.root
-    problem = _not_attention(q, kt, v, found)
+    root, v = found.root, found["v"]
+    scores = _scores(graph, found["scores"], root)
+    if isinstance(scores, Skip):
+        return scores
+    problem = _not_attention(scores, v, found["dim"])
     if problem:
         return Skip(problem)
-    mask = _mask(graph, found)
-    if isinstance(mask, Skip):
-        return mask
-    axes = len(shape_of(kt)) - 2, len(shape_of(kt)) - 1
-    k = graph.call(aten.transpose.int, kt, *axes, before=root)
-    scale = float(found.get("scale", 1.0)) / float(found.get("divisor", 1.0))
-    return _attention(graph, (q, k, v), mask, scale, root)
+    axes = len(shape_of(v)) - 2, len(shape_of(v)) - 1
+    k = graph.call(aten.transpose.int, scores.kt, *axes, before=root)
+    mask: Node | None = None
+    for one in scores.masks:
+        mask = one if mask is None else graph.call(aten.add.Tensor, mask, one, before=root)
+    args = (scores.q, k, v, mask, 0.0, False)
+    kwargs = {"scale": scores.scale, "enable_gqa": False}
+    return graph.call(_SDPA, *args, before=root, like=root, **kwargs)
 
 
-def _attention(
-    graph: Graph, operands: tuple[Node, Node, Node], mask: Node | None, scale: float, root: Node
-) -> Node:
-    return graph.call(
-        _SDPA, *operands, mask, 0.0, False, scale=scale, enable_gqa=False, before=root, like=root
+def _scores(graph: Graph, node: Any, root: Node) -> _Scores | Skip:
+    """Walk from the softmax up to the product of queries and keys."""
+    if not is_tensor(node):
+        return Skip("the scores are no tensor")
+    if node.target is aten.matmul.default:
+        if any(_reaches_beyond(user, root) for user in node.users):
+            return Skip(f"the scores {node.name} are read elsewhere too")
+        return _Scores(node.args[0], node.args[1])
+    if node.target is aten.to.dtype:
+        return _scores(graph, node.args[0], root)
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        return _scaled(graph, node, root)
+    if node.target is aten.add.Tensor:
+        return _added(graph, node, root)
+    if node.target in _REPLACING:
+        return _replaced(graph, node, root)
+    return Skip(
+        f"between product and softmax stands {node.name} ({ops.op_name(node.target)}), which is "
+        f"neither a factor nor a mask"
     )
 
 
-def _not_attention(q: Node, kt: Node, v: Node, found: Match) -> str | None:
-    ndim = len(shape_of(found.root))
-    if ndim < 3 or not all(is_tensor(x) and len(shape_of(x)) == ndim for x in (q, kt, v)):
-        return "query, key and value are not three tensors of three or more axes"
-    if found["dim"] not in (-1, ndim - 1):
-        return f"the softmax is over axis {found['dim']}, not over the keys"
-    if len({dtype_of(x) for x in (q, kt, v)}) > 1:
+def _reaches_beyond(user: Node, root: Node) -> bool:
+    """Whether a value is read by something that is not on its way to `root`."""
+    steps = 0
+    while user is not root and steps < 16:
+        if len(user.users) != 1:
+            return True
+        user, steps = next(iter(user.users)), steps + 1
+    return user is not root
+
+
+def _scaled(graph: Graph, node: Node, root: Node) -> _Scores | Skip:
+    x, other = node.args[0], node.args[1]
+    matcher = Matcher(graph)
+    factor = matcher.number(other)
+    if factor is None and node.target is aten.mul.Tensor:
+        x, factor = other, matcher.number(x)
+    if factor is None:
+        return Skip(f"the scores are multiplied at {node.name} by something that is no number")
+    inner = _scores(graph, x, root)
+    if isinstance(inner, Skip):
+        return inner
+    if inner.masks:
+        return Skip(f"the scores are scaled at {node.name} after a mask was added")
+    scale = inner.scale * factor if node.target is aten.mul.Tensor else inner.scale / factor
+    return dataclasses.replace(inner, scale=float(scale))
+
+
+def _added(graph: Graph, node: Node, root: Node) -> _Scores | Skip:
+    """The operand that leads to the product is the scores, the other one the mask."""
+    one, two = node.args[:2]
+    reason = Skip(f"nothing is added at {node.name} but a number")
+    for scores, mask in ((one, two), (two, one)):
+        if not is_tensor(scores) or not is_tensor(mask):
+            continue
+        if not same_shape(shape_of(scores), shape_of(node)):
+            continue
+        inner = _scores(graph, scores, root)
+        if isinstance(inner, _Scores):
+            return _with_mask(inner, mask, mask, node)
+        reason = inner if isinstance(reason, Skip) and "number" in reason.reason else reason
+    return reason
+
+
+_REPLACING = (
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+)
+
+
+def _replaced(graph: Graph, node: Node, root: Node) -> _Scores | Skip:
+    """Scores replaced by a very small number: a mask that adds it does the same."""
+    first, second, third = node.args[:3]
+    matcher = Matcher(graph)
+    if node.target in _REPLACING[:2]:
+        scores, hidden, far, shows = first, second, matcher.number(third), False
+    elif matcher.number(second) is not None:
+        scores, hidden, far, shows = third, first, matcher.number(second), False
+    else:
+        scores, hidden, far, shows = second, first, matcher.number(third), True
+    if far is None or far > _FAR:
+        return Skip(f"scores are replaced at {node.name} by {far}, not by a number below {_FAR}")
+    inner = _scores(graph, scores, root)
+    if isinstance(inner, Skip):
+        return inner
+    dtype = dtype_of(inner.q)
+    zero = graph.call(aten.full.default, [], 0.0, dtype=dtype, before=root)
+    low = graph.call(aten.full.default, [], float(far), dtype=dtype, before=root)
+    pair = (zero, low) if shows else (low, zero)
+    mask = graph.call(aten.where.self, hidden, *pair, before=root)
+    return _with_mask(inner, mask, hidden, node)
+
+
+def _with_mask(inner: _Scores, mask: Node, read: Any, node: Node) -> _Scores | Skip:
+    scores = (*shape_of(inner.q)[:-1], shape_of(inner.kt)[-1])
+    if len(shape_of(read)) < 2 or not _broadcasts(shape_of(read), scores):
+        return Skip(f"the mask at {node.name} does not have the shape of the scores")
+    if dtype_of(mask) != dtype_of(inner.q):
+        return Skip(f"the mask is {dtype_of(mask)} and the query {dtype_of(inner.q)}")
+    return dataclasses.replace(inner, masks=(*inner.masks, mask))
+
+
+def _not_attention(scores: _Scores, v: Any, dim: int) -> str | None:
+    triple = (scores.q, scores.kt, v)
+    if not all(is_tensor(x) for x in triple):
+        return "query, key and value are not all tensors"
+    ndim = len(shape_of(scores.q))
+    if ndim < 3 or any(len(shape_of(x)) != ndim for x in triple):
+        return "query, key and value do not have the same three or more axes"
+    if dim not in (-1, ndim - 1):
+        return f"the softmax is over axis {dim}, not over the keys"
+    if len({dtype_of(x) for x in triple}) > 1:
         return "query, key and value differ in dtype"
-    leading = [shape_of(x)[:-2] for x in (q, kt, v)]
+    leading = [shape_of(x)[:-2] for x in triple]
     if not same_shape(leading[0], leading[1]) or not same_shape(leading[0], leading[2]):
         return "query, key and value differ in their leading axes"
     return None
-
-
-def _mask(graph: Graph, found: Match) -> Node | Skip | None:
-    """What is added to the scores."""
-    root = found.root
-    q, kt = found["q"], found["kt"]
-    scores = (*shape_of(q)[:-1], shape_of(kt)[-1])
-    mask = found.get("mask")
-    condition = found.get("shown") or found.get("hidden")
-    if mask is None and condition is None:
-        return None
-    read = mask if condition is None else condition
-    if not is_tensor(read) or len(shape_of(read)) < 2 or not _broadcasts(shape_of(read), scores):
-        return Skip("the mask does not have the shape of the scores")
-    if condition is not None:
-        return _added(graph, found, condition)
-    if dtype_of(mask) != dtype_of(q):
-        return Skip(f"the mask is {dtype_of(mask)} and the query {dtype_of(q)}")
-    return mask if mask is not root else None
-
-
-def _added(graph: Graph, found: Match, condition: Node) -> Node | Skip:
-    far = float(found["far"])
-    if far > _FAR:
-        return Skip(f"the masked scores are replaced by {far}, which is not far below all others")
-    root, dtype = found.root, dtype_of(found["q"])
-    nothing = graph.call(aten.full.default, [], 0.0, dtype=dtype, before=root)
-    hidden = graph.call(aten.full.default, [], far, dtype=dtype, before=root)
-    pair = (nothing, hidden) if found.get("shown") is not None else (hidden, nothing)
-    return graph.call(aten.where.self, condition, *pair, before=root)
 
 
 def _broadcasts(shape: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
