@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -26,6 +27,8 @@ def count_text(count: float) -> str:
 
 def seconds_text(seconds: float) -> str:
     """``"12 µs"``, ``"3.1 ms"``, ``"2.5 s"``, ``"2 min 5 s"``."""
+    if seconds == math.inf:
+        return "∞ s"
     if seconds >= 60:
         whole = round(seconds)
         return f"{whole // 60} min {whole % 60} s"

@@ -214,5 +214,5 @@ def deviation(was: Tensor, now: Tensor) -> float:
         return 0.0
     finite = a[a.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
-    largest = float(error.nan_to_num(math.inf).max())
+    largest = float(error.nan_to_num(math.inf, math.inf).max())
     return largest / scale if scale > 0 else largest
