@@ -48,7 +48,8 @@ def extent_of(emission: Emission, node: Node) -> ir.Value:
     """
     if node.target is torch.ops.aten.sym_size.int:
         source, axis = node.args[0], node.args[1]
-        assert isinstance(source, Node) and isinstance(axis, int)
+        assert isinstance(source, Node)
+        assert isinstance(axis, int)
         axis %= source.meta["val"].ndim
         return emission.op("Shape", emission.tensor(source), start=axis, end=axis + 1)
     if node.target in (operator.floordiv, operator.mod):

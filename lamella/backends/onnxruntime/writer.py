@@ -135,7 +135,8 @@ def _inputs(e: Emission) -> Iterator[ir.Value]:
 def _emit(e: Emission, node: Node, emitters: Mapping[Callable[..., Any], Emitter]) -> None:
     if node.target is operator.getitem:
         source, place = node.args[0], node.args[1]
-        assert isinstance(source, Node) and isinstance(place, int)
+        assert isinstance(source, Node)
+        assert isinstance(place, int)
         parts = e.values[source]
         assert isinstance(parts, tuple)
         e.values[node] = parts[place]

@@ -1,0 +1,87 @@
+"""The backend that writes ONNX and runs it with ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from lamella.backends.artifact import Artifact
+from lamella.backends.base import Backend
+from lamella.backends.inputs import specs_from_json, specs_of
+from lamella.backends.onnxruntime.executable import OnnxExecutable, OnnxFiles, files_from
+from lamella.backends.onnxruntime.files import MODEL, Scratch, save_model, weight_bytes
+from lamella.backends.onnxruntime.session import CPU, Session, require
+from lamella.backends.onnxruntime.writer import outputs_of, unsupported, write_onnx
+from lamella.errors import ArtifactError
+from lamella.ir.graph import Graph
+from lamella.ir.signature import Signature
+from lamella.report import Report
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeBackend(Backend):
+    """Runs graphs with ONNX Runtime.
+
+    Attributes:
+        provider: Execution provider; one that is missing or does not load is an error.
+        threads: Threads for one operator; None means the physical cores of this process.
+        opset: Version of the standard operators, 21 to 23.
+        contrib: Use the operators that ONNX Runtime adds to ONNX.
+        scratch: Where models are written before they are saved; None means the folder for
+            temporary files.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+
+    provider: str = CPU
+    threads: int | None = None
+    opset: int = 23
+    contrib: bool = True
+    scratch: Path | None = None
+
+    def ensure_available(self) -> None:
+        """Refuse at once when the package or the provider is missing.
+
+        Raises:
+            ProviderError: It says which, and the command that mends it.
+        """
+        require(self.provider)
+
+    def unsupported(self, graph: Graph) -> dict[str, int]:
+        """Every operator without an ONNX emitter, with how often it occurs."""
+        return unsupported(graph)
+
+    def lower(self, graph: Graph, report: Report | None = None) -> OnnxExecutable:
+        """Write a canonical graph to ONNX and load it.
+
+        Raises:
+            UnsupportedError: Some operators can't be lowered; all are listed.
+            ProviderError: The package or the provider is missing or did not load.
+            OSError: The disk is full.
+        """
+        self.ensure_available()
+        self.check(graph)
+        model = write_onnx(graph, opset=self.opset, contrib=self.contrib)
+        scratch = Scratch(self.scratch)
+        save_model(model, scratch.path)
+        session = Session(scratch.path / MODEL, provider=self.provider, threads=self.threads)
+        files = OnnxFiles(scratch.path, outputs_of(graph), weight_bytes(model), scratch)
+        return OnnxExecutable(files, session, graph.signature, specs_of(graph), report)
+
+    def load(self, artifact: Artifact) -> OnnxExecutable:
+        """The executable in a folder whose digests were checked.
+
+        Raises:
+            ArtifactError: The folder is corrupt.
+            ProviderError: The package or the provider is missing or did not load.
+        """
+        described = artifact.description
+        if MODEL not in artifact.files:
+            raise ArtifactError(f"{str(artifact.folder)!r} has no {MODEL}")
+        files = files_from(artifact.folder, described.details)
+        signature = Signature.from_json(described.signature)
+        report = None if described.report is None else Report.from_json(described.report)
+        session = Session(artifact.folder / MODEL, provider=self.provider, threads=self.threads)
+        inputs = specs_from_json(described.inputs)
+        return OnnxExecutable(files, session, signature, inputs, report)

@@ -1,0 +1,129 @@
+"""A model in an ONNX file, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from lamella.backends.base import Executable
+from lamella.backends.inputs import InputSpec, check_inputs
+from lamella.backends.onnxruntime.files import Scratch, files_in
+from lamella.backends.onnxruntime.session import Session
+from lamella.backends.onnxruntime.writer import Output
+from lamella.errors import ArtifactError
+from lamella.ir.signature import Signature
+from lamella.report import Report
+
+
+@dataclass(frozen=True)
+class OnnxFiles:
+    """The files of a model, and what they don't say themselves.
+
+    Attributes:
+        folder: Where `model.onnx` lies.
+        outputs: Where each flat output of the signature comes from.
+        weight_bytes: Bytes of the weights.
+        temporary: The owner of the folder when it goes with the executable.
+    """
+
+    folder: Path
+    outputs: tuple[Output, ...]
+    weight_bytes: int
+    temporary: Scratch | None = None
+
+
+class OnnxExecutable(Executable):
+    """A model run by ONNX Runtime.
+
+    Attributes:
+        session: The session, loaded and optimized.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(
+        self,
+        files: OnnxFiles,
+        session: Session,
+        signature: Signature,
+        inputs: Sequence[InputSpec],
+        report: Report | None = None,
+    ) -> None:
+        """Take over a session of the model in `files`."""
+        super().__init__(signature, report, inputs)
+        self.session = session
+        self._files = files
+
+    def run(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The flat outputs of flat inputs; tensors are handed over without copies."""
+        check_inputs(self.inputs, values)
+        taken = set(self.session.inputs)
+        feeds = {
+            spec.name: cast(Tensor, value)
+            for spec, value in zip(self.inputs, values, strict=True)
+            if spec.name in taken
+        }
+        names = [output.name for output in self._files.outputs if output.name is not None]
+        results = iter(self.session.run(feeds, names))
+        return [
+            output.value
+            if output.name is None
+            else int(next(results))
+            if output.integer
+            else next(results)
+            for output in self._files.outputs
+        ]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are stored."""
+        return self._files.weight_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the ONNX file and its data."""
+        return sum(path.stat().st_size for path in files_in(self._files.folder))
+
+    def write_files(self, folder: Path) -> Mapping[str, Any]:
+        """Copy the files; those of a temporary folder are linked where the disk allows it."""
+        for path in files_in(self._files.folder):
+            if self._files.temporary is None or not _linked(path, folder / path.name):
+                shutil.copyfile(path, folder / path.name)
+        return {
+            "outputs": [[o.name, o.value, o.integer] for o in self._files.outputs],
+            "weight_bytes": self.weight_bytes,
+            "provider": self.session.provider,
+        }
+
+
+def files_from(folder: Path, details: Mapping[str, Any]) -> OnnxFiles:
+    """The files in a folder that `OnnxExecutable.write_files` wrote.
+
+    Raises:
+        ArtifactError: The manifest is malformed.
+    """
+    try:
+        outputs = tuple(
+            Output(name, value, bool(integer)) for name, value, integer in details["outputs"]
+        )
+        return OnnxFiles(folder, outputs, int(details["weight_bytes"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the manifest of {str(folder)!r} does not describe an ONNX model "
+            f"({type(error).__name__}: {error}); save the executable again"
+        ) from error
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Give a file that is never written again a second name; not every file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True

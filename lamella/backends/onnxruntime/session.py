@@ -1,0 +1,147 @@
+"""A session of ONNX Runtime: created from a file, fed with tensors, nothing copied."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.backends.onnxruntime.packages import import_onnxruntime, installed_flavors
+from lamella.backends.onnxruntime.threads import physical_cores
+from lamella.errors import BackendError, ProviderError
+
+_log = logging.getLogger(__name__)
+
+CPU = "CPUExecutionProvider"
+
+
+class Session:
+    """A model that ONNX Runtime has loaded, optimized and is ready to run.
+
+    Attributes:
+        provider: The execution provider in use.
+        threads: Threads that compute one operator.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        provider: str = CPU,
+        threads: int | None = None,
+        optimized: Path | None = None,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            path: The ONNX file. Weights in a file beside it are mapped into memory.
+            provider: Name of the execution provider; operators it lacks run on the CPU.
+            threads: Threads for one operator; None means the physical cores.
+            optimized: Where to write the optimized model, to look at it.
+
+        Raises:
+            ProviderError: The provider is missing or did not load.
+            BackendError: ONNX Runtime refuses the model.
+        """
+        ort = import_onnxruntime()
+        _check_available(ort, provider)
+        self.threads = threads or physical_cores()
+        options = _options(ort, self.threads, optimized)
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=[provider])
+        except _refusals(ort) as error:
+            raise BackendError(
+                f"onnxruntime {ort.__version__} refuses the model {str(path)!r}: "
+                f"{_first_line(error)}"
+            ) from error
+        self.provider = self._session.get_providers()[0]
+        if self.provider != provider:
+            raise ProviderError(
+                f"onnxruntime fell back to {self.provider}: {provider} is built in but did not "
+                f"load; see its log for the missing library, or ask for provider={CPU!r}"
+            )
+        # Silent fallback in the middle of a run would hide a broken provider.
+        self._session.disable_fallback()
+        self._ort = ort
+        self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
+        outputs = self._session.get_outputs()
+        self.outputs: tuple[str, ...] = tuple(o.name for o in outputs)
+        self._booleans = frozenset(o.name for o in outputs if o.type == "tensor(bool)")
+
+    def run(self, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+        """The outputs `names`; they own their memory, and share none with the inputs.
+
+        Raises:
+            BackendError: An operator failed, for example on sizes that do not fit together.
+        """
+        make = self._ort.OrtValue.from_dlpack
+        values = {name: make(_plain(tensor)) for name, tensor in feeds.items()}
+        try:
+            results = self._session.run_with_ort_values(list(names), values)
+        except _refusals(self._ort) as error:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
+            raise BackendError(
+                f"onnxruntime failed on inputs of shape {shapes}: {_first_line(error)}"
+            ) from error
+        return [self._tensor(name, v) for name, v in zip(names, results, strict=True)]
+
+    def _tensor(self, name: str, value: Any) -> Tensor:
+        # The wrapper of ONNX Runtime has no __dlpack__, what it wraps does.
+        tensor = torch.from_dlpack(value._get_c_value())
+        return tensor.view(torch.bool) if name in self._booleans else tensor
+
+
+def require(provider: str) -> None:
+    """Refuse at once what a session would refuse later.
+
+    Raises:
+        ProviderError: The package or the provider is missing.
+    """
+    _check_available(import_onnxruntime(), provider)
+
+
+def _check_available(ort: Any, provider: str) -> None:
+    available = ort.get_available_providers()
+    if provider not in available:
+        raise ProviderError(
+            f"{' '.join(installed_flavors()) or 'onnxruntime'} {ort.__version__} has no provider "
+            f"{provider!r}, it has {', '.join(available)}; ask for one of these, or install "
+            f'another package, e.g. pip install "lamella[gpu]" for CUDA'
+        )
+
+
+def _options(ort: Any, threads: int, optimized: Path | None) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Threads may wait busily for the next operator, but not for the next call: between calls
+    # the cores belong to whoever calls.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Errors become exceptions, whose messages repeat what would be logged.
+    options.log_severity_level = 4
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        options.log_severity_level = 4
+    return options
+
+
+def _refusals(ort: Any) -> tuple[type[Exception], ...]:
+    """The exceptions of ONNX Runtime, which have no common base of their own."""
+    state = ort.capi.onnxruntime_pybind11_state
+    names = ("Fail", "InvalidArgument", "NoSuchFile", "NoModel", "EngineError", "InvalidProtobuf")
+    names += ("RuntimeException", "ModelLoaded", "NotImplemented", "InvalidGraph", "EPFail")
+    return tuple(getattr(state, name) for name in names if hasattr(state, name))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor as DLPack can hand it over: without gradient, contiguous, in main memory."""
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:500] if text else type(error).__name__
