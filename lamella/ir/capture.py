@@ -21,6 +21,7 @@ from lamella.ir.graph import Graph, set_tensor
 from lamella.ir.scan import traceable_scans
 from lamella.ir.signature import Signature
 from lamella.ir.torch_private import (
+    FakeTensor,
     TreeSpec,
     tree_flatten,
     tree_flatten_with_path,
@@ -108,7 +109,7 @@ def _with_weights_only(
         node.meta.setdefault("val", value)
         reader = first.setdefault(_identity(value), node)
         if reader is node:
-            set_tensor(root, name, value.detach())
+            set_tensor(root, name, _without_fake_data(value.detach()))
         else:
             aliases.append((name, str(reader.target)))
             node.replace_all_uses_with(reader)
@@ -116,9 +117,16 @@ def _with_weights_only(
     return fx.GraphModule(root, traced.graph), tuple(aliases)
 
 
+def _without_fake_data(value: Tensor) -> Tensor:
+    """`value`, or a tensor on the meta device for a weight of a model that has no data."""
+    if not isinstance(value, FakeTensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
 def _identity(value: Tensor) -> object:
     """Equal for two names of the same memory."""
-    if value.device.type == "meta" or value.numel() == 0:
+    if value.device.type == "meta" or value.numel() == 0 or isinstance(value, FakeTensor):
         return id(value)
     place = (value.untyped_storage().data_ptr(), value.storage_offset())
     return (*place, value.dtype, tuple(value.shape), value.stride())
