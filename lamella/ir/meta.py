@@ -1,0 +1,182 @@
+"""Graphs of models whose weights are not in memory: from a config, or from a folder.
+
+The model is built without data, its non-persistent buffers (rotary frequencies, position ids) are
+computed, and it is traced with fake weights. The graph knows the shape and type of every weight;
+for a folder, each is read from memory-mapped safetensors when a pass asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lamella.errors import ModelFileError
+from lamella.ir.capture import Inputs, capture_module
+from lamella.ir.default_inputs import default_inputs
+from lamella.ir.graph import Graph
+from lamella.ir.huggingface import ignorable, model_class, origin_of, read_config
+from lamella.ir.model_folder import StoredWeight, read_weight_map
+from lamella.ir.safetensors_source import Place, SafetensorsSource
+from lamella.ir.torch_private import FakeTensorMode, symbolic_mode
+
+
+def capture_config(
+    source: PreTrainedConfig | str | os.PathLike[str],
+    inputs: Inputs | None = None,
+    *,
+    task_class: type[PreTrainedModel] | str | None = None,
+    dtype: torch.dtype | None = None,
+    dynamic: bool | Mapping[str, Sequence[int]] = True,
+) -> Graph:
+    """The graph of a model without its weights in memory; it is not canonical yet.
+
+    Args:
+        source: A config, or a folder with ``config.json``. Weights are read lazily from the
+            safetensors of a folder; the graph of a config has none to read.
+        inputs: Sample inputs, or None to make them from the config.
+        task_class: As in `load_pretrained`.
+        dtype: Of the weights; None takes that of the config, or float32.
+        dynamic: As in `capture_module`.
+
+    Raises:
+        CaptureError: The model can't be traced.
+        ModelFileError: A file of the folder is missing, corrupt or lies, or the checkpoint lacks
+            weights of the model.
+    """
+    folder = None if isinstance(source, PreTrainedConfig) else Path(source)
+    config = source if isinstance(source, PreTrainedConfig) else read_config(Path(source))
+    stored = {} if folder is None else read_weight_map(folder)
+    model = build_without_data(config, task_class, dtype or config.dtype or torch.float32)
+    reader = None if folder is None else _source(folder, model, stored)
+    origin = dataclasses.replace(origin_of(model), folder=folder and str(folder.resolve()))
+    chosen = default_inputs(model) if inputs is None else inputs
+    with _fake_weights(model):
+        graph = capture_module(model, chosen, dynamic=dynamic, origin=origin)
+    graph.source = reader
+    return graph
+
+
+def build_without_data(
+    config: PreTrainedConfig,
+    task_class: type[PreTrainedModel] | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """A model in inference mode whose weights are on the meta device and whose tables are real."""
+    made = model_class(config, task_class)
+    # `from_config` of an automatic class is public; that of a model class is not.
+    build = getattr(made, "_from_config", None) or made.from_config
+    with torch.device("meta"):
+        model: PreTrainedModel = build(config, dtype=dtype)
+    model.tie_weights()
+    for module in model.modules():
+        _compute_tables(model, module)
+    return model.eval()
+
+
+def _compute_tables(model: PreTrainedModel, module: nn.Module) -> None:
+    """Make the buffers of `module` real that no checkpoint holds."""
+    persistent = module.state_dict(keep_vars=True)
+    tables = {
+        name: buffer
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_meta and name not in persistent
+    }
+    for name, buffer in tables.items():
+        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+    if tables:
+        # This is how transformers itself fills them after it has built a model without data.
+        with torch.no_grad():
+            model._init_weights(module)  # pyright: ignore[reportPrivateUsage]
+
+
+@contextlib.contextmanager
+def _fake_weights(model: nn.Module) -> Iterator[None]:
+    """Weights that look as if they lay in the memory of the CPU, while the block runs."""
+    mode = symbolic_mode()
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    fakes: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in list(held.items()):
+                if value is not None and value.is_meta:
+                    replaced.append((held, name, value))
+                    held[name] = fakes.setdefault(id(value), _fake(mode, value))
+    try:
+        yield
+    finally:
+        for held, name, value in replaced:
+            held[name] = value
+
+
+def _fake(mode: FakeTensorMode, value: Tensor) -> Tensor:
+    with mode:
+        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+        return nn.Parameter(fake, False) if isinstance(value, nn.Parameter) else fake
+
+
+def _source(
+    folder: Path, model: PreTrainedModel, stored: Mapping[str, StoredWeight]
+) -> SafetensorsSource:
+    """Where the weights of `model` lie in the files of `folder`.
+
+    Raises:
+        ModelFileError: The files lack some, or hold some in another shape.
+    """
+    held = model.state_dict(keep_vars=True)
+    places, unreadable = _places(model, held, stored)
+    for name, value in held.items():
+        if name in places or name in unreadable:
+            continue
+        twins = [other for other, twin in held.items() if twin is value and other in places]
+        if twins:
+            places[name] = places[twins[0]]
+    missing = [n for n in held if n not in places and n not in unreadable]
+    lost = sorted(name for name in missing if not ignorable(model, name))
+    if lost:
+        raise ModelFileError(
+            f"{str(folder)!r} lacks weights of {type(model).__name__}: {', '.join(lost)}; give the "
+            f"class that the checkpoint was saved from"
+        )
+    wrong = [name for name, place in places.items() if place.shape != tuple(held[name].shape)]
+    if wrong:
+        raise ModelFileError(
+            f"{str(folder)!r} has weights of other shapes than its config says: "
+            f"{', '.join(sorted(wrong))}"
+        )
+    return SafetensorsSource(places, unreadable)
+
+
+def _places(
+    model: PreTrainedModel, held: Mapping[str, Tensor], stored: Mapping[str, StoredWeight]
+) -> tuple[dict[str, Place], dict[str, str]]:
+    """Name in the model -> place in the files, or the reason why it has none of its own."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    places: dict[str, Place] = {}
+    converted: dict[str, str] = {}
+    for key, weight in stored.items():
+        name, pattern = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, dict(held)
+        )
+        if pattern is not None:
+            converted[name] = f"transformers converts it from {key!r} and others when it loads"
+        elif name in held:
+            entry = weight.entry
+            places[name] = Place(weight.path, key, held[name].dtype, entry.shape)
+    if converted:
+        # A conversion may make several weights of one; only the first has a name to find it by.
+        reason = "transformers converts it when it loads; load the model whole"
+        rest = {name: reason for name in held if name not in places}
+        return places, rest | {name: why for name, why in converted.items() if name in held}
+    return places, {}
