@@ -25,7 +25,8 @@ _UNITS = {u: 1000**p for u, p in _POWERS.items()} | {f"{u}i": 1024**p for u, p i
 def coerce(kind: Any, value: Any) -> Any:
     """`value`, text or plain data, as an option of type `kind`.
 
-    Text may carry units: ``"25%"`` is a float, ``"20MB"`` and ``"1GiB"`` are integers.
+    Text may carry units: ``"25%"`` is a float, ``"20MB"`` and ``"1GiB"`` are integers. A list
+    of one looks like its only item, so a union of a list and a scalar takes it as the scalar.
 
     Raises:
         ValueError: It is not one; the message says what was expected.

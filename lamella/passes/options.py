@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
 SEQUENCES = (tuple, list, frozenset, set, Sequence, Iterable)
@@ -79,7 +79,7 @@ def text_of_value(value: object) -> str:
         texts = [text_of_value(item) for item in ordered(cast(Iterable[object], value))]
         simple = texts and not any(set(text) & set(',"[]{}') for text in texts)
         return ",".join(texts) if simple else json.dumps(plain(cast(object, value)))
-    return str(value)
+    return str(plain(value))
 
 
 def plain(value: object) -> Any:
@@ -93,7 +93,9 @@ def plain(value: object) -> Any:
         return {str(name): plain(item) for name, item in pairs}
     if isinstance(value, tuple | list | set | frozenset):
         return [plain(item) for item in ordered(cast(Iterable[object], value))]
-    return str(value)
+    # A model given as an object has no text that could be read back; its kind must do.
+    is_text = isinstance(value, PurePath) or hasattr(type(value), "parse")
+    return str(value) if is_text else f"<{type(value).__name__}>"
 
 
 def ordered(items: Iterable[object]) -> list[object]:

@@ -109,7 +109,7 @@ def test_remarks_are_collected_once_and_are_errors_when_strict():
     assert analyses.take_remarks() == ()
     strict = Analyses(network(), strict=True)
     strict.note("chose 4 bits")
-    with pytest.raises(PassError, match="layer x was left as it was .*strict=True"):
+    with pytest.raises(PassError, match=r"layer x was left as it was .*strict=True"):
         strict.remark("layer x was left as it was")
 
 

@@ -30,7 +30,9 @@ def test_kl_divergence_is_its_definition(pairs: list[tuple[float, float]]):
     was, now = torch.tensor(pairs).T.unsqueeze(1)
     p = [math.exp(x) for x, _ in pairs]
     q = [math.exp(y) for _, y in pairs]
-    expected = sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q))
+    expected = sum(
+        a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True)
+    )
     # Differences of logs of float32, each rounded to about 1e-6.
     assert float(kl_divergence(was, now)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert float(kl_divergence(was, was)) == 0.0

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.data import Samples
 from lamella.errors import LossError, NumericError, PassError, SamplesError, VerificationError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten
@@ -155,7 +154,7 @@ def test_a_loss_above_the_limit_stops_the_pipeline():
 def test_samples_are_checked_before_the_first_pass():
     graph = network()
     edits = graph.edits
-    with pytest.raises(SamplesError, match="input 'input_ids' of sample 1 is torch.float32"):
+    with pytest.raises(SamplesError, match=r"input 'input_ids' of sample 1 is torch.float32"):
         run_passes(graph, [Shrink()], samples=[{"input_ids": IDS}, {"input_ids": IDS.float()}])
     assert graph.edits == edits
 
@@ -166,7 +165,7 @@ def test_a_graph_without_data_is_edited_but_not_compared():
         graph.set_weight(node, graph.weight(node).to("meta"))
     report = run_passes(graph.copy(), [DropBranch()])
     assert any("outputs were not compared" in remark for remark in report.passes[0].remarks)
-    with pytest.raises(PassError, match="max_loss can't be checked: weight '.*' has no data"):
+    with pytest.raises(PassError, match=r"max_loss can't be checked: weight '.*' has no data"):
         run_passes(graph, [DropBranch()], max_loss=0.1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lamella import recipe
 from lamella.errors import RecipeError
@@ -65,7 +67,7 @@ class Everything(Transform):
     pair: tuple[int, float] = (1, 2.0)
     where: Path = Path("here")
     limit_bytes: int = 10**6
-    ratios: tuple[float, ...] | float = 0.5
+    ratios: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -99,7 +101,7 @@ EVERYTHING = st.builds(
     names=st.lists(words, max_size=3).map(tuple),
     pair=st.tuples(st.integers(), floats),
     where=st.sampled_from([Path("a b"), Path("/x"), Path('q"uote')]),
-    ratios=floats | st.lists(floats, max_size=3).map(tuple),
+    ratios=st.none() | st.lists(floats, max_size=3).map(tuple),
 )
 
 
@@ -129,8 +131,20 @@ def strategy_of(kind: type[Transform]) -> st.SearchStrategy[Transform]:
 def alternatives(hint: Any) -> st.SearchStrategy[Any]:
     if typing.get_origin(hint) is Literal:
         return st.sampled_from(typing.get_args(hint))
-    simple = {int: st.integers(0, 64), float: st.sampled_from([0.25, 0.5, 4.5]), str: words}
-    return simple.get(hint, st.nothing()) if hint in simple else st.from_type(hint)
+    simple = {
+        int: st.integers(0, 64),
+        float: st.sampled_from([0.25, 0.5, 4.5]),
+        str: words,
+        bool: st.booleans(),
+        type(None): st.none(),
+    }
+    if typing.get_origin(hint) is tuple:
+        return st.lists(alternatives(typing.get_args(hint)[0]), max_size=3).map(tuple)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        # Modules and graphs have no spelling; a path reads back as text where both may stand.
+        known = [one for one in typing.get_args(hint) if one not in (nn.Module, Graph, Path)]
+        return st.one_of([alternatives(one) for one in known])
+    return simple[hint]
 
 
 def built(kind: type[Transform], values: dict[str, Any]) -> Transform | None:
@@ -317,9 +331,11 @@ def test_a_file_in_all_spellings(tmp_path: Path):
 def test_analyses_are_parsed_too():
     assert parse_analysis("count-linears offset=2") == CountLinears(2)
     assert parse_analysis({"count-linears": {"offset": 2}}) == CountLinears(2)
-    with pytest.raises(RecipeError, match="'shrink' is a transform, not an analysis"):
+    with pytest.raises(RecipeError, match=r"'shrink' is a transform, not an analysis"):
         parse_analysis("shrink")
-    with pytest.raises(RecipeError, match="there is no analysis 'cost'; .*known are count-linears"):
+    with pytest.raises(
+        RecipeError, match=r"there is no analysis 'cost'; .*known are count-linears"
+    ):
         parse_analysis("cost")
 
 
