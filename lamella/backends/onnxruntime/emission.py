@@ -210,7 +210,7 @@ class Emission:
         value = ir.Value(
             name=tensor.name,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(list(tensor.shape)),
+            shape=ir.Shape(tensor.shape.numpy()),
             const_value=tensor,
         )
         assert tensor.name is not None

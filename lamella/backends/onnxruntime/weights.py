@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
+import onnx_ir.tensor_adapters
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -52,7 +53,7 @@ def stored(
     name = e.unique(name)
 
     def tensor() -> ir.TensorProtocol:
-        return ir.tensor_adapters.TorchTensor(read().contiguous(), name=name)
+        return onnx_ir.tensor_adapters.TorchTensor(read().contiguous(), name=name)
 
     lazy = ir.LazyTensor(tensor, onnx_type(dtype), ir.Shape(list(map(int, shape))), name=name)
     return e.initializer(lazy)

@@ -143,9 +143,10 @@ def _emit(e: Emission, node: Node, emitters: Mapping[Callable[..., Any], Emitter
         return
     if ops.is_shape_arithmetic(node.target):
         return
-    e.scope = node.name
+    e.scope, target = node.name, node.target
+    assert not isinstance(target, str)
     try:
-        e.values[node] = emitters[node.target](e, Call.of(node))
+        e.values[node] = emitters[target](e, Call.of(node))
     except BackendError as error:
         raise BackendError(
             f"node {node.name} ({ops.op_name(node.target)}) can't be written to ONNX: {error}"
@@ -226,4 +227,4 @@ def _type(held: Tensor) -> ir.TensorType:
 
 
 def _shape(held: Tensor) -> ir.Shape:
-    return ir.Shape([size if isinstance(size, int) else str(size) for size in held.shape])
+    return ir.Shape([str(size) if isinstance(size, torch.SymInt) else size for size in held.shape])

@@ -26,10 +26,10 @@ def reshape(e: Emission, call: Call) -> ir.Value:
     if same:
         return e.tensor(source)
     heads = e.views.get((source, "heads last"))
-    if heads is not None and len(after) == 3 and len(before) == 4:
+    joins = len(before) == 4 and len(after) == 3 and all(map(same_size, before[:2], after[:2]))
+    if heads is not None and joins:
         # [batch, sequence, heads, width] joined again: attention gave it joined.
-        if all(map(same_size, before[:2], after[:2])):
-            return heads
+        return heads
     target, computed = reshape_target(before, after)
     if not computed:
         return e.op("Reshape", e.tensor(source), e.ints(*target))
@@ -97,11 +97,9 @@ def expand(e: Emission, call: Call) -> ir.Value:
         1 if given == -1 or same_size(was, now) else given
         for was, now, given in zip(padded, after, call["size"], strict=True)
     ]
-    if len(before) == len(after) and all(
-        size == 1 for size in target if not isinstance(size, Node)
-    ):
-        if not any(isinstance(size, Node) for size in target):
-            return e.tensor(call["self"])
+    stays = all(not isinstance(size, Node) and size == 1 for size in target)
+    if stays and len(before) == len(after):
+        return e.tensor(call["self"])
     return e.op("Expand", e.tensor(call["self"]), e.dims(target))
 
 
