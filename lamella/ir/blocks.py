@@ -20,6 +20,8 @@ from lamella.ir.reach import base_name
 
 B = TypeVar("B")
 
+_STACKS = frozenset({"encoder", "decoder", "vision", "text"})
+
 _MACARON = re.compile(r"(?:m[tx]+m){2,}")
 """Blocks that begin and end with an MLP (Conformer), two or more of them."""
 
@@ -65,6 +67,31 @@ def block_names(owned: Sequence[Sequence[frozenset[Node]]]) -> list[str]:
         name if good else (f"{name}.block.{place}" if name else f"block.{place}")
         for place, (name, good) in enumerate(zip(shared, telling, strict=True))
     ]
+
+
+def block_labels(names: Sequence[str]) -> list[str]:
+    """Short distinct labels for blocks called `names`: the numbers in them, if these do.
+
+    ``model.layers.3`` is ``3``; ``encoder.block.3`` beside ``decoder.block.3`` is ``encoder.3``.
+    """
+    for short in (_last_number, _numbers, _first_and_numbers):
+        labels = [short(name.split(".")) for name in names]
+        if all(labels) and len(set(labels)) == len(names):
+            return labels
+    return [str(index) for index in range(len(names))]
+
+
+def _last_number(parts: Sequence[str]) -> str:
+    return next((part for part in reversed(parts) if part.isdigit()), "")
+
+
+def _numbers(parts: Sequence[str]) -> str:
+    return ".".join(part for part in parts if part.isdigit())
+
+
+def _first_and_numbers(parts: Sequence[str]) -> str:
+    first = next((p for p in parts if p in _STACKS or p.split("_")[0] in _STACKS), parts[0])
+    return f"{first}.{_numbers(parts)}"
 
 
 def _is_telling(name: str, place: int, names: Sequence[str]) -> bool:
