@@ -9,7 +9,7 @@ replaced, never written into.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from lamella.errors import GraphError
-from lamella.ir import ops
+from lamella.ir import fake_values, ops
 from lamella.ir.edits import Edit, StopEditing
 from lamella.ir.quantize import Format
 from lamella.ir.signature import Signature
 from lamella.ir.stream import Block, Stream, find_stream
-from lamella.ir.torch_private import FakeTensorMode, detect_fake_mode, tree_map
+from lamella.ir.streaming import Streaming
+from lamella.ir.text import text_of
+from lamella.ir.torch_private import FakeTensorMode
 from lamella.ir.weights import Origin, WeightSource, not_loaded
 
 
@@ -236,12 +238,12 @@ class Graph:
             GraphError: `old` and `new` differ in shape rank or dtype.
         """
         was, now = old.meta.get("val"), new.meta.get("val")
-        if isinstance(was, Tensor) and isinstance(now, Tensor):
-            if was.dtype != now.dtype or was.ndim != now.ndim:
-                raise GraphError(
-                    f"{new.name} ({now.dtype}, {now.ndim} dims) can't replace {old.name} "
-                    f"({was.dtype}, {was.ndim} dims)"
-                )
+        both = isinstance(was, Tensor) and isinstance(now, Tensor)
+        if both and (was.dtype != now.dtype or was.ndim != now.ndim):
+            raise GraphError(
+                f"{new.name} ({now.dtype}, {now.ndim} dims) can't replace {old.name} "
+                f"({was.dtype}, {was.ndim} dims)"
+            )
         if new.op == "call_function" and "nn_module_stack" in old.meta:
             new.meta.setdefault("nn_module_stack", old.meta["nn_module_stack"])
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
@@ -276,7 +278,8 @@ class Graph:
             GraphError: Something reads it.
         """
         if node.users:
-            raise GraphError(f"input {node.name} is still read by {', '.join(map(str, node.users))}")
+            readers = ", ".join(map(str, node.users))
+            raise GraphError(f"input {node.name} is still read by {readers}")
         self._module.graph.erase_node(node)
         self.signature = signature
         self._touch("remove_input")
@@ -331,7 +334,7 @@ class Graph:
         return removed
 
     @contextlib.contextmanager
-    def author(self, name: str) -> Iterator[None]:
+    def author(self, name: str) -> Generator[None]:
         """While the block runs, new nodes are signed by `name` (see ``node.meta["author"]``)."""
         previous, self._author = self._author, name
         try:
@@ -340,7 +343,7 @@ class Graph:
             self._author = previous
 
     @contextlib.contextmanager
-    def stop_after(self, edits: int) -> Iterator[None]:
+    def stop_after(self, edits: int) -> Generator[None]:
         """Leave the block after so many more edits (at least one); what was done stays done."""
         self._edit_limit = self._edits + edits
         try:
@@ -361,7 +364,7 @@ class Graph:
         """Run on flat inputs and give the flat outputs; weights not in memory are streamed."""
         if all(self.is_loaded(node) for node in self.weight_nodes()):
             return tuple(self._module(*values))
-        return tuple(_Streaming(self).run(*values))
+        return tuple(Streaming(self._module, self.weight).run(*values))
 
     def copy(self) -> Graph:
         """An independent graph that shares the storage of the weights (but no edit)."""
@@ -390,8 +393,6 @@ class Graph:
         self._touch("restore")
 
     def __str__(self) -> str:
-        from lamella.ir.text import text_of  # noqa: PLC0415  (text needs Graph for its types)
-
         return text_of(self)
 
     # ---- inside -------------------------------------------------------------------------
@@ -399,21 +400,11 @@ class Graph:
     def fake_mode(self) -> FakeTensorMode:
         """The fake mode that the values of the graph live in."""
         if self._fake_mode is None:
-            values = [node.meta["val"] for node in self._module.graph.nodes if "val" in node.meta]
-            tensors = [value for value in values if isinstance(value, Tensor)]
-            self._fake_mode = detect_fake_mode(tensors) or FakeTensorMode(
-                allow_non_fake_inputs=True
-            )
+            self._fake_mode = fake_values.mode_of(self._module.graph.nodes)
         return self._fake_mode
 
     def _propagate(self, node: Node) -> None:
-        def value_of(argument: Any) -> Any:
-            return argument.meta["val"] if isinstance(argument, Node) else argument
-
-        args = tree_map(value_of, node.args)
-        kwargs = tree_map(value_of, node.kwargs)
-        with self.fake_mode(), torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)
+        node.meta["val"] = fake_values.value_of(node, self.fake_mode())
 
     def _propagate_new(self, node: Node) -> None:
         try:
@@ -424,12 +415,7 @@ class Graph:
             raise
 
     def _fake(self, value: Tensor) -> Tensor:
-        mode = self.fake_mode()
-        with mode:
-            device = "cpu" if value.device.type == "meta" else value.device
-            return torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device=device
-            )
+        return fake_values.fake_of(value, self.fake_mode())
 
     def _touch(self, action: str, node: Node | None = None) -> None:
         self._edits += 1
@@ -464,27 +450,6 @@ class Graph:
             owner, _, leaf = name.rpartition(".")
             delattr(self._module.get_submodule(owner), leaf)
         return len(unread)
-
-
-class _Streaming(fx.Interpreter):
-    """Runs a graph whose weights are read when they are needed and forgotten at once."""
-
-    def __init__(self, graph: Graph) -> None:
-        super().__init__(graph.module)
-        self._graph = graph
-
-    def run_node(self, n: Node) -> Any:
-        # A weight is read by its first reader, not at the top of the graph.
-        if n.op == "get_attr":
-            return None
-        return super().run_node(n)
-
-    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[Any, Any]:
-        def value_of(node: Node) -> Any:
-            return self._graph.weight(node) if node.op == "get_attr" else self.env[node]
-
-        args = fx.node.map_arg(n.args, value_of)
-        return args, fx.node.map_arg(n.kwargs, value_of)
 
 
 def _has_attribute(module: torch.nn.Module, name: str) -> bool:

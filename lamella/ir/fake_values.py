@@ -1,0 +1,39 @@
+"""Fake values: the shape, dtype and device of what a node computes, without the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from lamella.ir.torch_private import FakeTensorMode, detect_fake_mode, tree_map
+
+
+def mode_of(nodes: Iterable[Node]) -> FakeTensorMode:
+    """The fake mode that the values of `nodes` live in, or a new one if they have none."""
+    values = [node.meta["val"] for node in nodes if "val" in node.meta]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return detect_fake_mode(tensors) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def value_of(node: Node, mode: FakeTensorMode) -> Any:
+    """The fake value of a call, computed from the fake values of what it reads."""
+
+    def read(argument: Any) -> Any:
+        return argument.meta["val"] if isinstance(argument, Node) else argument
+
+    args = tree_map(read, node.args)
+    kwargs = tree_map(read, node.kwargs)
+    assert callable(node.target)
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def fake_of(value: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor of the shape, layout and dtype of a weight; weights without data too."""
+    device = "cpu" if value.device.type == "meta" else value.device
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
