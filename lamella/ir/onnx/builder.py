@@ -17,6 +17,7 @@ from torch.fx import Node
 from lamella.errors import CaptureError
 from lamella.ir.graph import Graph
 from lamella.ir.onnx.names import WeightNames
+from lamella.ir.onnx.quantized import Quantized
 from lamella.ir.onnx.values import Constant, Integer, Integers, Value
 from lamella.ir.torch_private import tree_leaves, tree_map
 
@@ -101,6 +102,8 @@ class Builder:
         """The type of the elements."""
         if isinstance(value, Node):
             return value.meta["val"].dtype
+        if isinstance(value, Quantized):
+            return value.scale.dtype
         return value.dtype if isinstance(value, Integers) else value.tensor.dtype
 
     def rank(self, value: Value) -> int:
@@ -109,7 +112,7 @@ class Builder:
             return value.meta["val"].ndim
         if isinstance(value, Integers):
             return 0 if value.scalar else 1
-        return value.tensor.ndim
+        return value.codes.ndim if isinstance(value, Quantized) else value.tensor.ndim
 
     def shape(self, value: Value) -> tuple[Integer, ...]:
         """The sizes; a symbolic one is a node, the same node for the same size."""
@@ -117,6 +120,8 @@ class Builder:
             return () if value.scalar else (len(value.items),)
         if isinstance(value, Constant):
             return tuple(value.tensor.shape)
+        if isinstance(value, Quantized):
+            return tuple(value.codes.shape)
         sizes = value.meta["val"].shape
         return tuple(self._size(value, axis, size) for axis, size in enumerate(sizes))
 
@@ -146,6 +151,8 @@ class Builder:
         """
         if isinstance(value, Constant):
             return value
+        if isinstance(value, Quantized):
+            return Constant(value.dequantized(), value.name)
         if isinstance(value, Integers) and value.known:
             numbers = value.items[0] if value.scalar else list(value.items)
             return Constant(torch.tensor(numbers, dtype=value.dtype))
@@ -153,7 +160,9 @@ class Builder:
 
     def is_constant(self, value: Value | None) -> bool:
         """Whether the data of `value` is known."""
-        return isinstance(value, Constant) or (isinstance(value, Integers) and value.known)
+        return isinstance(value, Constant | Quantized) or (
+            isinstance(value, Integers) and value.known
+        )
 
     def as_integers(self, value: Value | None) -> Integers | None:
         """`value` as integers if it is a short integer vector or number that is known."""
@@ -244,7 +253,8 @@ class Builder:
     # ---- inside -------------------------------------------------------------------------
 
     def _settled(self, value: Any) -> Any:
-        return self.constant(value) if isinstance(value, Integers) and value.known else value
+        known = isinstance(value, Integers) and value.known
+        return self.constant(value) if known or isinstance(value, Quantized) else value
 
     def _argument(self, value: Any) -> Any:
         return self.node(value) if isinstance(value, Constant | Integers) else value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -20,8 +20,10 @@ from lamella.ir.graph import Graph
 from lamella.ir.onnx import names, tensors
 from lamella.ir.onnx.builder import Builder
 from lamella.ir.onnx.dims import Input, Samples, make_inputs
+from lamella.ir.onnx.experts import Experts, find_experts
 from lamella.ir.onnx.file import ModelFile, display_name, op_key, open_model, unsupported
 from lamella.ir.onnx.table import BUILDERS
+from lamella.ir.onnx.table.contraction import grouped_linear
 from lamella.ir.onnx.table.scan import build_scan
 from lamella.ir.onnx.values import Constant, Op, Value
 from lamella.ir.signature import Signature
@@ -115,21 +117,23 @@ class _Reader:
             if value.const_value is None:
                 raise ModelFileError(f"initializer {name!r} has no data")
             scope[value] = self._initializer(name, value)
-        return self._run(graph, graph.outputs, scope, references)
+        return self._run(graph, scope, references)
 
     def _run(
-        self,
-        nodes: Iterable[ir.Node],
-        outputs: Iterable[ir.Value],
-        scope: Scope,
-        references: Mapping[str, ir.Attr],
+        self, graph: ir.Graph | ir.Function, scope: Scope, references: Mapping[str, ir.Attr]
     ) -> list[Value]:
-        for node in nodes:
-            results = self._results(node, scope, references)
+        experts = find_experts(graph)
+        for node in graph:
+            if node in experts.inner:
+                continue
+            if node in experts.layers:
+                results = (self._experts(experts.layers[node], scope),)
+            else:
+                results = self._results(node, scope, references)
             for value, result in zip(node.outputs, results, strict=False):
                 if result is not None:
                     scope[value] = result
-        return [self._value(value, scope, "the outputs") for value in outputs]
+        return [self._value(value, scope, "the outputs") for value in graph.outputs]
 
     def _results(
         self, node: ir.Node, scope: Scope, references: Mapping[str, ir.Attr]
@@ -150,6 +154,8 @@ class _Reader:
                 return tuple(self._call(function, inputs, attributes))
             if op_key(node) == ("", "If"):
                 return tuple(self._branch(inputs, attributes, scope, references))
+            if op_key(node) == ("", "Scan"):
+                return build_scan(self.builder, label, inputs, attributes, scope)
             result = self._build(node, label, inputs, attributes)
         except LamellaError as error:
             if label not in str(error):
@@ -169,8 +175,6 @@ class _Reader:
         inputs: tuple[Value | None, ...],
         attributes: Mapping[str, ir.Attr],
     ) -> Any:
-        if node.op_type == "Scan":
-            return build_scan(self.builder, label, inputs, attributes)
         op = Op(
             kind=node.op_type,
             label=label,
@@ -198,7 +202,7 @@ class _Reader:
         defaults = {
             name: given for name, given in function.attributes.items() if given.value is not None
         }
-        return self._run(function, function.outputs, scope, {**defaults, **attributes})
+        return self._run(function, scope, {**defaults, **attributes})
 
     def _branch(
         self,
@@ -213,6 +217,14 @@ class _Reader:
             raise CaptureError("a branch that depends on the data of the inputs is not supported")
         chosen = "then_branch" if self.builder.number(condition) else "else_branch"
         return self.run_graph(attributes[chosen].as_graph(), scope, references)
+
+    def _experts(self, layer: Experts, scope: Scope) -> Value:
+        """Linear layers of experts, their matrices stacked as ``[experts, out, in]``."""
+        rows, offsets, *matrices = (
+            self._value(value, scope, "a layer of experts")
+            for value in (layer.rows, layer.offsets, *layer.matrices)
+        )
+        return grouped_linear(self.builder, rows, offsets, matrices)
 
     def _initializer(self, name: str, value: ir.Value) -> Constant:
         tensor = value.const_value

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from lamella.errors import CaptureError
+from lamella.ir.onnx.quantized import Quantized
 
 Integer = int | Node
 """A known integer, or a node that computes one from shapes."""
@@ -58,7 +59,7 @@ class Integers:
         return all(isinstance(item, int) for item in self.items)
 
 
-Value = Node | Constant | Integers
+Value = Node | Constant | Integers | Quantized
 
 
 @dataclass(frozen=True)

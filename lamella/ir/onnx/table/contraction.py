@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch.fx import Node
 
 from lamella.ir.onnx.builder import Builder
+from lamella.ir.onnx.quantized import Quantized
 from lamella.ir.onnx.table.shapes import permuted
 from lamella.ir.onnx.values import Constant, Op, Result, Table, Value
 
 aten = torch.ops.aten
+lam = torch.ops.lamella
 
 
 def matmul(g: Builder, op: Op) -> Result:
@@ -22,16 +25,34 @@ def matmul(g: Builder, op: Op) -> Result:
 
 def multiplied(g: Builder, first: Value, second: Value) -> Any:
     """``first @ second``."""
+    if isinstance(first, Node) and isinstance(second, Quantized) and second.fits_linear(0):
+        return linear_of_codes(g, first, second, 0)
+    second = g.constant(second) if isinstance(second, Quantized) else second
     if isinstance(first, Node) and isinstance(second, Constant) and g.rank(second) == 2:
         return g.call(aten.linear.default, first, permuted(g, second, [1, 0]))
     return g.call(aten.matmul.default, first, second)
 
 
+def linear_of_codes(g: Builder, value: Value, weight: Quantized, axis: int) -> Any:
+    """A linear layer whose weight stays packed; `axis` of the matrix is summed over."""
+    names = ("packed", "scales", "zero_points")
+    packed = [
+        None if data is None else Constant(data, f"{weight.name}.{name}")
+        for name, data in zip(names, weight.packed(axis), strict=True)
+    ]
+    rest = (None, weight.bits, weight.block, False)
+    return g.call(lam.linear_nbits.default, value, *packed, *rest)
+
+
 def gemm(g: Builder, op: Op) -> Result:
     """``alpha A B + beta C``, each factor transposed or not."""
-    first = permuted(g, op[0], [1, 0]) if op.attribute("transA", 0) else op[0]
+    first, second = op[0], op[1]
+    if op.attribute("transA", 0):
+        first = permuted(g, first, [1, 0])
+    second = g.constant(second) if isinstance(second, Quantized) else second
     # A linear layer wants [out, in].
-    second = op[1] if op.attribute("transB", 0) else permuted(g, op[1], [1, 0])
+    if not op.attribute("transB", 0):
+        second = permuted(g, second, [1, 0])
     bias = op.optional(2)
     alpha, beta = op.attribute("alpha", 1.0), op.attribute("beta", 1.0)
     features = g.static(second, 0)
@@ -55,6 +76,43 @@ def _is_bias(g: Builder, bias: Value | None, features: int | None) -> bool:
         return True
     sizes = g.shape(bias)
     return isinstance(bias, Constant) and bool(sizes) and g.product(sizes) == sizes[-1] == features
+
+
+def grouped_linear(g: Builder, rows: Value, offsets: Value, matrices: Sequence[Value]) -> Any:
+    """Linear layers of experts over rows sorted by expert.
+
+    Args:
+        g: Builder.
+        rows: ``[rows, in]``.
+        offsets: Where the rows of each expert end, ``[experts]``.
+        matrices: ``[in, out]`` for each expert.
+    """
+    turned = [permuted(g, matrix, [1, 0]) for matrix in matrices]
+    known = [matrix for matrix in turned if isinstance(matrix, Constant)]
+    if len(known) == len(turned):
+        name = known[0].name.removesuffix(".0")
+        stacked: Value = Constant(torch.stack([matrix.tensor for matrix in known]), name)
+    else:
+        stacked = g.call(aten.stack.default, turned, 0)
+    return g.call(lam.grouped_linear.default, rows, stacked, offsets)
+
+
+def fused_matmul(g: Builder, op: Op) -> Result:
+    """``alpha A B``, each factor with its last axes swapped or not (ONNX Runtime)."""
+    op.need(not op.attribute("transBatchA", 0), "a swapped batch axis")
+    op.need(not op.attribute("transBatchB", 0), "a swapped batch axis")
+    first, second = (
+        _swapped(g, op[place]) if op.attribute(name, 0) else op[place]
+        for place, name in enumerate(("transA", "transB"))
+    )
+    product = multiplied(g, first, second)
+    alpha = op.attribute("alpha", 1.0)
+    return product if alpha == 1.0 else g.call(aten.mul.Tensor, product, alpha)
+
+
+def _swapped(g: Builder, value: Value) -> Any:
+    rank = g.rank(value)
+    return permuted(g, value, [*range(rank - 2), rank - 1, rank - 2])
 
 
 def einsum(g: Builder, op: Op) -> Result:

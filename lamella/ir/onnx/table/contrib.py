@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import MappingProxyType
 
 import torch
+from torch.fx import Node
 
 from lamella.ir.onnx.builder import Builder
 from lamella.ir.onnx.table.activations import swish
 from lamella.ir.onnx.table.attention import attended, join_heads, rotated, split_heads
+from lamella.ir.onnx.table.contraction import fused_matmul
 from lamella.ir.onnx.table.normalization import normalized, rms_norm, root_mean_square
+from lamella.ir.onnx.table.shapes import reshaped
 from lamella.ir.onnx.values import Op, Result, Table, Value
 
 aten = torch.ops.aten
@@ -115,15 +118,24 @@ def matmul_nbits(g: Builder, op: Op) -> Result:
     op.need(bits in (2, 4, 8), f"{bits} bits")
     op.need(op.optional(4) is None, "reordered groups (g_idx)")
     blocks = -(-features // block)
-    packed = g.call(aten.reshape.default, op[1], [outputs, blocks, block * bits // 8])
-    scales = g.call(aten.reshape.default, op[2], [outputs, blocks])
+    packed = reshaped(g, op[1], [outputs, blocks, block * bits // 8])
+    scales = reshaped(g, _as_stored(op[2]), [outputs, blocks])
     zeros = op.optional(3)
     if zeros is not None:
         op.need(g.dtype(zeros) is torch.uint8, "zero points that are not packed")
-        zeros = g.call(aten.reshape.default, zeros, [outputs, -(-blocks * bits // 8)])
+        zeros = reshaped(g, zeros, [outputs, -(-blocks * bits // 8)])
     rounds = op.attribute("accuracy_level", 0) == 4
     rest = (zeros, op.optional(5), bits, block, rounds)
     return g.call(lam.linear_nbits.default, op[0], packed, scales, *rest)
+
+
+def _as_stored(scales: Value) -> Value:
+    """Scales as the file has them: the operator of the graph takes them in any type."""
+    if isinstance(scales, Node) and scales.target is aten.to.dtype:
+        source = scales.args[0]
+        if isinstance(source, Node) and source.op == "get_attr":
+            return source
+    return scales
 
 
 def gather_nbits(g: Builder, op: Op) -> Result:
@@ -140,7 +152,7 @@ def gather_nbits(g: Builder, op: Op) -> Result:
     blocks = g.static(scales, 1) or 1
     features = width * 8 // bits
     op.need(features == blocks * block, "a table whose last block is short")
-    packed = g.call(aten.reshape.default, table, [rows, blocks, block * bits // 8])
+    packed = reshaped(g, table, [rows, blocks, block * bits // 8])
     rest = (indices, bits, block, features)
     return g.call(lam.embedding_nbits.default, packed, scales, zeros, *rest)
 
@@ -149,6 +161,7 @@ TABLE: Table = MappingProxyType(
     {
         "BiasGelu": bias_gelu,
         "FastGelu": bias_gelu,
+        "FusedMatMul": fused_matmul,
         "GatherBlockQuantized": gather_nbits,
         "Gelu": bias_gelu,
         "MatMulNBits": matmul_nbits,

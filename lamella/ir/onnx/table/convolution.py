@@ -46,6 +46,12 @@ class Window:
         """Whether ATen can pad by itself."""
         return all(isinstance(a, int) and a == b and a >= 0 for a, b in self.pads)
 
+    @property
+    def fits_pooling(self) -> bool:
+        """Whether ATen can pad by itself before pooling: by half of the kernel at most."""
+        halves = zip(self.pads, self.kernel, strict=True)
+        return self.symmetric and all(isinstance(p[0], int) and 2 * p[0] <= k for p, k in halves)
+
 
 def window_of(g: Builder, op: Op, value: Value, kernel: Sequence[int]) -> Window:
     """The window that the attributes of `op` describe."""
@@ -85,12 +91,15 @@ def _halves(g: Builder, amount: Integer, lower: bool) -> tuple[Integer, Integer]
 
 
 def self_padded(
-    g: Builder, value: Value, window: Window, fill: float = 0.0
+    g: Builder, value: Value, window: Window, fill: float | None = None
 ) -> tuple[Any, list[int]]:
-    """`value` and the padding that ATen does itself; uneven padding is done before."""
-    if window.symmetric:
+    """`value` and the padding that ATen does itself; other padding is done before.
+
+    `fill` is given for pooling, None stands for the zeros of a convolution.
+    """
+    if window.symmetric and (fill is None or window.fits_pooling):
         return value, [int(before) for before, _ in window.pads if isinstance(before, int)]
-    grown = padded(g, value, [(0, 0), (0, 0), *window.pads], fill=fill)
+    grown = padded(g, value, [(0, 0), (0, 0), *window.pads], fill=fill or 0.0)
     return grown, [0] * len(window.pads)
 
 
@@ -178,14 +187,7 @@ def max_pool(g: Builder, op: Op) -> Result:
     value, window, flat = _as_plane(g, value, window_of(g, op, value, kernel))
     dtype = g.dtype(value)
     lowest = -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
-    if any(
-        isinstance(b, int) and 2 * b > k
-        for (b, _), k in zip(window.pads, window.kernel, strict=True)
-    ):
-        value = padded(g, value, [(0, 0), (0, 0), *window.pads], fill=lowest)
-        pads = [0, 0]
-    else:
-        value, pads = self_padded(g, value, window, lowest)
+    value, pads = self_padded(g, value, window, lowest)
     steps = list(window.kernel), list(window.strides), pads, list(window.dilations)
     pooled = g.call(aten.max_pool2d.default, value, *steps, bool(op.attribute("ceil_mode", 0)))
     return g.call(aten.squeeze.dims, pooled, [2]) if flat else pooled
@@ -199,10 +201,11 @@ def average_pool(g: Builder, op: Op) -> Result:
     op.need(set(window.dilations) == {1}, "an average over a dilated window")
     counted = bool(op.attribute("count_include_pad", 0))
     value, window, flat = _as_plane(g, value, window)
-    if not counted and not window.symmetric:
+    if not counted and not window.fits_pooling:
+        op.need(not op.attribute("ceil_mode", 0), "ceil_mode with uneven padding")
         pooled = _average_of_inside(g, value, window)
     else:
-        value, pads = self_padded(g, value, window)
+        value, pads = self_padded(g, value, window, 0.0)
         ceiling = bool(op.attribute("ceil_mode", 0))
         steps = list(window.kernel), list(window.strides), pads, ceiling, counted
         pooled = g.call(aten.avg_pool2d.default, value, *steps)
@@ -214,7 +217,7 @@ def _average_of_inside(g: Builder, value: Value, window: Window) -> Any:
     ones = g.call(aten.full.default, [1, 1, *g.shape(value)[2:]], 1.0, dtype=g.dtype(value))
     means = []
     for part in (value, g.node(ones)):
-        grown, pads = self_padded(g, part, window)
+        grown, pads = self_padded(g, part, window, 0.0)
         steps = list(window.kernel), list(window.strides), pads
         means.append(g.call(aten.avg_pool2d.default, grown, *steps))
     return g.call(aten.div.Tensor, *means)

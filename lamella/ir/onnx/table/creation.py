@@ -65,7 +65,10 @@ def one_hot(g: Builder, op: Op) -> Result:
     indices, depth = op[0], g.number(op[1])
     op.need(depth is not None, "a depth that depends on data")
     axis = op.attribute("axis", -1) % (g.rank(indices) + 1)
-    places = g.call(aten.remainder.Scalar, cast(g, indices, torch.int64), depth)
+    places = cast(g, indices, torch.int64)
+    # Places below zero count from the end; what is still outside is off everywhere.
+    from_end = g.call(aten.add.Tensor, places, depth)
+    places = g.call(aten.where.self, g.call(aten.lt.Scalar, places, 0), from_end, places)
     steps = g.call(aten.arange.start_step, 0, depth, 1, dtype=torch.int64)
     following = g.rank(indices) - axis
     steps = g.call(aten.reshape.default, steps, [-1, *[1] * following])

@@ -90,10 +90,11 @@ def root_mean_square(g: Builder, value: Value, scale: Value, axis: int, epsilon:
 
 
 def lp_norm(g: Builder, op: Op) -> Result:
-    """Vectors along an axis divided by their length."""
+    """Vectors along an axis divided by their length; a vector of zeros stays one."""
     value, axis = op[0], g.axis(op[0], op.attribute("axis", -1))
     length = g.call(aten.linalg_vector_norm.default, value, op.attribute("p", 2), [axis], True)
-    return g.call(aten.div.Tensor, value, length)
+    empty = g.call(aten.eq.Scalar, length, 0.0)
+    return g.call(aten.div.Tensor, value, g.call(aten.where.ScalarSelf, empty, 1.0, length))
 
 
 def mean_variance(g: Builder, op: Op) -> Result:

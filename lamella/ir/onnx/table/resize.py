@@ -34,7 +34,7 @@ def resize(g: Builder, op: Op) -> Result:
         target[axis] = sizes[place]
         factors[axis] = scales[place] if scales else 0.0
     planar = all(g.same(a, b) for a, b in zip(g.shape(value)[:2], target[:2], strict=True))
-    if g.rank(value) == 4 and planar and _is_pytorch_mode(op, factors[2:]):
+    if g.rank(value) == 4 and planar and _is_pytorch_mode(op, target[2:], factors[2:]):
         return _by_pytorch(g, op, value, (target[2:], factors[2:]))
     op.need(op.attribute("mode", "nearest") == "nearest", _describe(op))
     return _nearest(g, op, value, (target, factors))
@@ -62,7 +62,7 @@ def _scaled(g: Builder, op: Op, size: Integer, scale: float) -> Integer:
     return g.integer(operator.floordiv, size, int(inverse))
 
 
-def _is_pytorch_mode(op: Op, factors: list[float]) -> bool:
+def _is_pytorch_mode(op: Op, sizes: list[Integer], factors: list[float]) -> bool:
     """Whether PyTorch computes the same coordinates."""
     mode = op.attribute("mode", "nearest")
     how = op.attribute("coordinate_transformation_mode", "half_pixel")
@@ -72,7 +72,10 @@ def _is_pytorch_mode(op: Op, factors: list[float]) -> bool:
             return True
         whole = all(factor >= 1 and factor.is_integer() for factor in factors)
         return whole and how == "half_pixel" and rounding == "round_prefer_floor"
-    if how not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
+    # PyTorch treats a single element differently, and rounds sizes before it aligns corners.
+    odd = how == "pytorch_half_pixel" and 1 in sizes
+    odd = odd or (how == "align_corners" and not all(factor.is_integer() for factor in factors))
+    if odd or how not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
         return False
     plain = op.attribute("cubic_coeff_a", -0.75) == -0.75 and not op.attribute("exclude_outside", 0)
     return mode == "linear" or (mode == "cubic" and plain)

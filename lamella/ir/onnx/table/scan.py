@@ -1,4 +1,8 @@
-"""Scans: only the recurrence of a selective state-space layer."""
+"""Scans: only the recurrence of a selective state-space layer.
+
+A scan runs a graph once for each step of a sequence. The one that is known is
+``state = exp(delta a) state + (delta x) b`` and ``y = <c, state>``.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,93 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from lamella.errors import CaptureError
 from lamella.ir.onnx.builder import Builder
 from lamella.ir.onnx.values import Value
 
+lam = torch.ops.lamella
+
+Pattern = str | tuple[Any, ...]
+"""A name for a value, or an operator and the patterns of its inputs."""
+
+_DECAY = ("Exp", ("Mul", ("Unsqueeze", "delta"), "a"))
+_UPDATE = ("Mul", ("Unsqueeze", ("Mul", "delta", "x")), ("Unsqueeze", "b"))
+_STATE = ("Add", ("Mul", _DECAY, "state"), _UPDATE)
+_OUTPUT = ("Squeeze", ("MatMul", _STATE, ("Unsqueeze", "c")))
+
+_COMMUTE = frozenset({"Add", "Mul"})
+
 
 def build_scan(
-    g: Builder, label: str, inputs: tuple[Value | None, ...], attributes: Mapping[str, ir.Attr]
-) -> Any:
-    raise CaptureError(f"{label}: this scan is not supported")
+    g: Builder,
+    label: str,
+    inputs: tuple[Value | None, ...],
+    attributes: Mapping[str, ir.Attr],
+    outer: Mapping[ir.Value, Value],
+) -> tuple[Value | None, ...]:
+    """The selective scan that a ``Scan`` stands for.
+
+    Args:
+        g: Builder.
+        label: The node, for messages.
+        inputs: The state before the first step, then the sequences.
+        attributes: Its attributes, the graph of one step among them.
+        outer: Values of the graph around it.
+
+    Raises:
+        CaptureError: It is another scan.
+    """
+    bound = _bindings(attributes)
+    if bound is None:
+        raise CaptureError(f"{label}: only the recurrence of a state-space layer can be read")
+    body = attributes["body"].as_graph()
+    given = dict(zip(body.inputs, inputs, strict=True))
+    values = {name: given.get(value, outer.get(value)) for name, value in bound.items()}
+    start, missing = values["state"], [name for name, v in values.items() if v is None]
+    if missing or not _is_zero(g, start):
+        raise CaptureError(f"{label}: a scan from a state other than zero can't be read")
+    parts = (values[name] for name in ("x", "delta", "a", "b", "c"))
+    return None, g.call(lam.selective_scan.default, *parts)
+
+
+def _bindings(attributes: Mapping[str, ir.Attr]) -> dict[str, ir.Value] | None:
+    """The values of one step by their names in the recurrence, if it is that."""
+    body = attributes["body"].as_graph()
+    axes = attributes.get("scan_input_axes")
+    out = attributes.get("scan_output_axes")
+    directed = "scan_input_directions" in attributes or "scan_output_directions" in attributes
+    if directed or axes is None or out is None or len(body.outputs) != 2 or len(body.inputs) != 5:
+        return None
+    if set(axes.as_ints()) != {2} or list(out.as_ints()) != [2]:
+        return None
+    bound: dict[str, ir.Value] = {}
+    fits = _matches(body.outputs[0], _STATE, bound) and _matches(body.outputs[1], _OUTPUT, bound)
+    return bound if fits and bound["state"] is body.inputs[0] else None
+
+
+def _matches(value: ir.Value | None, pattern: Pattern, bound: dict[str, ir.Value]) -> bool:
+    """Whether `value` is computed as `pattern` says; `bound` takes the named values."""
+    if value is None:
+        return False
+    if isinstance(pattern, str):
+        return bound.setdefault(pattern, value) is value
+    node, (kind, *parts) = value.producer(), pattern
+    if node is None or node.op_type != kind:
+        return False
+    inputs = list(node.inputs[: len(parts)])
+    orders = [inputs, inputs[::-1]] if kind in _COMMUTE else [inputs]
+    for order in orders:
+        trial = dict(bound)
+        if all(_matches(v, p, trial) for v, p in zip(order, parts, strict=True)):
+            bound.update(trial)
+            return True
+    return False
+
+
+def _is_zero(g: Builder, value: Value | None) -> bool:
+    """Whether a state is filled with zeros."""
+    if isinstance(value, torch.fx.Node):
+        return value.target is torch.ops.aten.full.default and value.args[1] == 0
+    return value is not None and not bool(g.constant(value).tensor.any())

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from lamella.ir.onnx.builder import Builder
+from lamella.ir.onnx.quantized import Quantized
 from lamella.ir.onnx.values import Constant, Integer, Integers, Op, Result, Table, Value
 
 aten = torch.ops.aten
@@ -155,6 +156,8 @@ def permuted(g: Builder, value: Value, order: list[int]) -> Any:
     moved = [axis for axis, source in enumerate(order) if axis != source]
     if not moved:
         return value
+    if isinstance(value, Quantized):
+        value = g.constant(value)
     if isinstance(value, Constant):
         back = not value.transposed if len(order) == 2 else value.transposed
         return Constant(value.tensor.permute(order), value.name, value.bits, back)
@@ -268,9 +271,9 @@ def padded(
         del flat[-2:]
     if all(item == 0 for item in flat):
         return value
-    if mode == "constant":
+    if mode == "constant" and all(isinstance(item, int) for item in flat):
         return g.call(aten.constant_pad_nd.default, value, flat, fill)
-    return g.call(aten.pad.default, value, flat, mode)
+    return g.call(aten.pad.default, value, flat, mode, fill if mode == "constant" else None)
 
 
 def depth_to_space(g: Builder, op: Op) -> Result:
@@ -288,6 +291,7 @@ def depth_to_space(g: Builder, op: Op) -> Result:
 
 def space_to_depth(g: Builder, op: Op) -> Result:
     """Blocks of the plane moved into channels."""
+    op.need(op.attribute("mode", "DCR") == "DCR", "another order of channels")
     value, block = op[0], op.attribute("blocksize")
     batch, channels, height, width = g.shape(value)
     low, narrow = (g.integer(operator.floordiv, item, block) for item in (height, width))
