@@ -61,10 +61,9 @@ HEADERS = ("pass", "effect", "nodes", "weights", "loss", "pass time", "checks")
 
 
 def _row(record: PassRecord) -> tuple[str, ...]:
-    options = " ".join(f"{name}={value}" for name, value in record.options.items())
     quality = "" if record.deviation is None else f"error {record.deviation:.1g}"
     return (
-        f"{record.name} {options}".strip(),
+        record.spelling or record.name,
         record.effect if record.edits else f"{record.effect}, no edit",
         _change(str(record.nodes_before), str(record.nodes_after)),
         _change(bytes_text(record.weight_bytes_before), bytes_text(record.weight_bytes_after)),
@@ -82,8 +81,8 @@ def _lines(report: Report) -> list[str]:
     """Everything that is not a table of passes."""
     lines: list[str] = []
     for record in report.passes:
-        lines += [f"{record.name}: {remark}" for remark in record.remarks]
-    lines += report.remarks
+        lines += [_shortened(f"{record.name}: {remark}") for remark in record.remarks]
+    lines += map(_shortened, report.remarks)
     for entry in report.latency:
         predicted, measured = entry.predicted_seconds, entry.measured_seconds
         told = [] if measured is None else [f"measured {seconds_text(measured)}"]
@@ -92,6 +91,23 @@ def _lines(report: Report) -> list[str]:
     if report.files:
         lines.append(f"files: {bytes_text(report.file_bytes)}")
     return lines
+
+
+def _shortened(remark: str) -> str:
+    """The first line; the rest is in the data and on the page."""
+    first, *rest = remark.splitlines() or [""]
+    return f"{first} (and {len(rest)} more lines)" if rest else first
+
+
+def _details(report: Report) -> str:
+    """Remarks of several lines, to unfold."""
+    named = [(r.name, remark) for r in report.passes for remark in r.remarks]
+    return "".join(
+        f"<details><summary>{html.escape(_shortened(f'{name}: {remark}'))}</summary>"
+        f"<pre>{html.escape(remark)}</pre></details>"
+        for name, remark in named
+        if "\n" in remark
+    )
 
 
 def _title(report: Report) -> str:
@@ -135,7 +151,7 @@ def page(report: Report) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Lamella report</title>'
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(_title(report))}</h1>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        f"<ul>{lines}</ul><footer>{html.escape(versions)}</footer></body></html>"
+        f"<ul>{lines}</ul>{_details(report)}<footer>{html.escape(versions)}</footer></body></html>"
     )
 
 

@@ -106,7 +106,9 @@ class PassRecord:
         deviation: Largest error of an output relative to the scale of that output, for a pass
             that promises to keep them; None where it was not compared.
         loss: Distance to the original model after this pass, for a lossy pass.
-        remarks: What the pass skipped or did another way than asked for.
+        remarks: What the pass skipped, did another way than asked for, or chose; the first line
+            of each says it in short.
+        spelling: The pass as text, with the options that differ from the defaults.
     """
 
     name: str
@@ -125,6 +127,7 @@ class PassRecord:
     deviation: float | None = None
     loss: Loss | None = None
     remarks: tuple[str, ...] = ()
+    spelling: str = ""
 
 
 @dataclass(frozen=True)

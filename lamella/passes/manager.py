@@ -114,6 +114,7 @@ def _record(step: Step, clock: _Clock, before: _Books, after: _Books) -> PassRec
         deviation=step.deviation,
         loss=step.loss,
         remarks=step.analyses.take_remarks(),
+        spelling=transform.spelling,
     )
 
 

@@ -6,7 +6,7 @@ samples both run on made-up inputs (see `lamella.passes.probes`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -49,7 +49,8 @@ class NumericCheck(Instrument):
     """Compares the outputs before and after every pass, by what the pass promises.
 
     The outputs of the original are kept for the batches that the loss is measured on, at most
-    `memory_bytes` of them, and those of the graph before the pass for the first two.
+    `memory_bytes` of them. A pass that promises to keep the outputs is compared on the first
+    batch of the samples, or on all made-up ones, which are small.
     """
 
     books: ClassVar[Literal["verify", "check"]] = "check"
@@ -84,7 +85,7 @@ class NumericCheck(Instrument):
         if self._probes is None and not self._why_not:
             self._find_probes(step)
         if self._probes is not None and step.transform.effect is not Effect.LOSSY:
-            self._outputs_now(step.graph, self._probes.batches[:2])
+            self._outputs_now(step)
 
     def after_pass(self, step: Step) -> None:
         """Compare.
@@ -97,13 +98,12 @@ class NumericCheck(Instrument):
         if self._probes is None:
             self._not_compared(step, is_lossy)
         elif step.edits and is_lossy:
-            self._current = None
             step.loss = self._loss(step, self._probes)
             self._check_loss(step.transform.spelling, step.loss)
         elif step.edits:
-            before = self._outputs_now(step.graph, self._probes.batches[:2])
-            self._current = None
-            after = self._outputs_now(step.graph, self._probes.batches[:2])
+            before = self._outputs_now(step)
+            self._current = []
+            after = self._outputs_now(step)
             step.deviation = _compared(before, after, step.transform.effect)
         if step.index == len(step.pipeline) - 1:
             self._start()
@@ -113,7 +113,7 @@ class NumericCheck(Instrument):
         self._probes: Samples | None = None
         self._why_not = ""
         self._original: list[Outputs] = []
-        self._current: list[Outputs] | None = None
+        self._current: list[Outputs] = []
 
     def _find_probes(self, step: Step) -> None:
         lacking = [node for node in step.graph.weight_nodes() if not _has_data(step.graph, node)]
@@ -129,13 +129,17 @@ class NumericCheck(Instrument):
             raise PassError(f"max_loss can't be checked: {self._why_not}")
         step.analyses.note(f"outputs were not compared: {self._why_not}")
 
-    def _outputs_now(self, graph: Graph, batches: Sequence[Batch]) -> list[Outputs]:
-        if self._current is None:
-            self._current = [outputs_of(graph, batch) for batch in batches]
+    def _outputs_now(self, step: Step) -> list[Outputs]:
+        """The outputs of the graph as it is, on the batches for exact passes."""
+        assert self._probes is not None
+        if not self._current:
+            batches = self._probes.batches[: _compared_batches(step)]
+            self._current = [outputs_of(step.graph, batch) for batch in batches]
         return self._current
 
     def _loss(self, step: Step, probes: Samples) -> Loss:
         meter = LossMeter(comparisons(step.original))
+        self._current = []
         kept_bytes = sum(map(_bytes_of, self._original))
         for index, batch in enumerate(probes):
             if index < len(self._original):
@@ -146,6 +150,8 @@ class NumericCheck(Instrument):
                 if kept_bytes <= self._memory_bytes:
                     self._original.append(before)
             after = outputs_of(step.graph, batch)
+            if index < _compared_batches(step):
+                self._current.append(after)
             _check_finite(before, after)
             meter.add(flat_inputs(step.original, batch), before, after)
         return meter.result("probes" if step.analyses.samples is None else "samples")
@@ -156,6 +162,11 @@ class NumericCheck(Instrument):
                 f"{spelling!r} costs {loss_text(loss)}, allowed is a loss of {self._max_loss:g}; "
                 f"ask for less, or raise max_loss"
             )
+
+
+def _compared_batches(step: Step) -> int:
+    """How many batches an exact pass is compared on: samples are large, made-up inputs small."""
+    return 2 if step.analyses.samples is None else 1
 
 
 def outputs_of(graph: Graph, batch: Batch) -> Outputs:

@@ -116,7 +116,8 @@ def example() -> Report:
         weight_bytes_after=3_000_000,
         edits=2,
         loss=Loss((kl, hidden), 8, "samples"),
-        remarks=("block 3 was kept",),
+        remarks=("block 3 was kept", "chose:\n4 bits\n8 <bits>"),
+        spelling="drop-blocks count=2 by=<lim>",
     )
     return Report(
         model=ModelSummary("Llama", 367, 4_000_000),
@@ -147,6 +148,7 @@ def test_the_text_says_what_changed():
         "kl 0.0125, top-1 98.5 %",
         "3.1 ms",
         "drop-blocks: block 3 was kept",
+        "drop-blocks: chose: (and 2 more lines)",
         "onnxruntime, compiled, batch=1: measured 2.5 ms",
         "files: 2 MB",
     ):
@@ -169,6 +171,7 @@ def test_the_page_is_self_contained_and_escaped():
     assert "script" not in reader.tags
     assert "lim" not in reader.tags
     assert "&lt;lim&gt;" in page
+    assert "<pre>chose:\n4 bits\n8 &lt;bits&gt;</pre>" in page
 
 
 @pytest.mark.parametrize(
