@@ -82,7 +82,15 @@ def capture_program(program: ExportedProgram, *, origin: Origin | None = None) -
     module, aliases = _with_weights_only(traced)
     signature = Signature(_input_names(module), _output_names(out_spec), in_spec, out_spec)
     origin = origin or Origin(kind="exported-program")
-    return Graph(module, signature, origin=dataclasses.replace(origin, aliases=aliases))
+    origin = dataclasses.replace(origin, aliases=aliases, constants=_constants(program))
+    return Graph(module, signature, origin=origin)
+
+
+def _constants(program: ExportedProgram) -> frozenset[str]:
+    """Buffers that a checkpoint doesn't store, and tensors written into the code."""
+    signature = program.graph_signature
+    lifted = signature.inputs_to_lifted_tensor_constants.values()
+    return frozenset((*signature.non_persistent_buffers, *lifted))
 
 
 def _flatten_calls(graph: fx.Graph) -> None:

@@ -45,6 +45,7 @@ class Origin:
         folder: The folder or file the model was read from, or None.
         transposed: Weights held as ``[out, in]`` that the checkpoint stores as ``[in, out]``.
         aliases: Other names of tied weights -> the name the graph uses.
+        constants: Buffers that no checkpoint stores: they follow from the code and the config.
         dropped: Blocks and sublayers that passes took out, by name, in the order in which they
             went: what a checkpoint writer must leave out of the config.
     """
@@ -55,6 +56,7 @@ class Origin:
     folder: str | None = None
     transposed: frozenset[str] = frozenset()
     aliases: tuple[tuple[str, str], ...] = ()
+    constants: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
 
     def with_transposed(self, name: str) -> Origin:
