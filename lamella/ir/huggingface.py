@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -178,13 +177,6 @@ def _check_loaded(folder: Path, name: str, info: Mapping[str, Any]) -> None:
     unexpected = sorted(info["unexpected_keys"])
     if unexpected:
         logger.warning("%s doesn't use weights of %s: %s", name, folder, ", ".join(unexpected))
-
-
-def ignorable(model: PreTrainedModel, name: str) -> bool:
-    """Whether a checkpoint of `model` may lack the weight `name`."""
-    # transformers keeps the list here and has no public name for it.
-    patterns = model._keys_to_ignore_on_load_missing or ()
-    return any(re.search(pattern, name) for pattern in patterns)
 
 
 @contextlib.contextmanager

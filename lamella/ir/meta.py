@@ -17,16 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lamella.errors import ModelFileError
 from lamella.ir.capture import Inputs, capture_module
+from lamella.ir.checkpoint_names import source_of
 from lamella.ir.default_inputs import default_inputs
 from lamella.ir.graph import Graph
-from lamella.ir.huggingface import ignorable, model_class, origin_of, read_config
-from lamella.ir.model_folder import StoredWeight, read_weight_map
-from lamella.ir.safetensors_source import Place, SafetensorsSource
+from lamella.ir.huggingface import model_class, origin_of, read_config
+from lamella.ir.model_folder import read_weight_map
 from lamella.ir.torch_private import FakeTensorMode, symbolic_mode
 
 
@@ -57,7 +54,7 @@ def capture_config(
     config = source if isinstance(source, PreTrainedConfig) else read_config(Path(source))
     stored = {} if folder is None else read_weight_map(folder)
     model = build_without_data(config, task_class, dtype or config.dtype or torch.float32)
-    reader = None if folder is None else _source(folder, model, stored)
+    reader = None if folder is None else source_of(folder, model, stored)
     origin = dataclasses.replace(origin_of(model), folder=folder and str(folder.resolve()))
     chosen = default_inputs(model) if inputs is None else inputs
     with _fake_weights(model):
@@ -79,8 +76,17 @@ def build_without_data(
         model: PreTrainedModel = build(config, dtype=dtype)
     model.tie_weights()
     for module in model.modules():
+        _forget_data(module)
         _compute_tables(model, module)
     return model.eval()
+
+
+def _forget_data(module: nn.Module) -> None:
+    """Parameters that were made by constructors which ignore the meta device hold noise."""
+    for name, value in list(module.named_parameters(recurse=False)):
+        if not value.is_meta:
+            empty = torch.empty_like(value, device="meta")
+            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
 
 def _compute_tables(model: PreTrainedModel, module: nn.Module) -> None:
@@ -122,61 +128,3 @@ def _fake(mode: FakeTensorMode, value: Tensor) -> Tensor:
     with mode:
         fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
         return nn.Parameter(fake, False) if isinstance(value, nn.Parameter) else fake
-
-
-def _source(
-    folder: Path, model: PreTrainedModel, stored: Mapping[str, StoredWeight]
-) -> SafetensorsSource:
-    """Where the weights of `model` lie in the files of `folder`.
-
-    Raises:
-        ModelFileError: The files lack some, or hold some in another shape.
-    """
-    held = model.state_dict(keep_vars=True)
-    places, unreadable = _places(model, held, stored)
-    for name, value in held.items():
-        if name in places or name in unreadable:
-            continue
-        twins = [other for other, twin in held.items() if twin is value and other in places]
-        if twins:
-            places[name] = places[twins[0]]
-    missing = [n for n in held if n not in places and n not in unreadable]
-    lost = sorted(name for name in missing if not ignorable(model, name))
-    if lost:
-        raise ModelFileError(
-            f"{str(folder)!r} lacks weights of {type(model).__name__}: {', '.join(lost)}; give the "
-            f"class that the checkpoint was saved from"
-        )
-    wrong = [name for name, place in places.items() if place.shape != tuple(held[name].shape)]
-    if wrong:
-        raise ModelFileError(
-            f"{str(folder)!r} has weights of other shapes than its config says: "
-            f"{', '.join(sorted(wrong))}"
-        )
-    return SafetensorsSource(places, unreadable)
-
-
-def _places(
-    model: PreTrainedModel, held: Mapping[str, Tensor], stored: Mapping[str, StoredWeight]
-) -> tuple[dict[str, Place], dict[str, str]]:
-    """Name in the model -> place in the files, or the reason why it has none of its own."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    places: dict[str, Place] = {}
-    converted: dict[str, str] = {}
-    for key, weight in stored.items():
-        name, pattern = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, dict(held)
-        )
-        if pattern is not None:
-            converted[name] = f"transformers converts it from {key!r} and others when it loads"
-        elif name in held:
-            entry = weight.entry
-            places[name] = Place(weight.path, key, held[name].dtype, entry.shape)
-    if converted:
-        # A conversion may make several weights of one; only the first has a name to find it by.
-        reason = "transformers converts it when it loads; load the model whole"
-        rest = {name: reason for name in held if name not in places}
-        return places, rest | {name: why for name, why in converted.items() if name in held}
-    return places, {}

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lamella.errors import ModelFileError
+from lamella.errors import ModelFileError, closest
+from lamella.ir.safetensors_file import read_header
 from lamella.ir.weights import WeightSource
 
 
@@ -32,17 +33,25 @@ class Place:
     shape: tuple[int, ...]
 
 
-class SafetensorsSource(WeightSource):
-    """Reads weights from memory-mapped files; nothing is kept but the mapping.
+@dataclass(frozen=True)
+class Composed:
+    """A weight that is made of tensors of the files (experts that lie there one by one).
 
-    A weight that the files hold in another form (experts that a model fuses when it is loaded)
-    has a reason in `unreadable` instead of a place: reading it is an error with that reason.
+    Attributes:
+        parts: The places of the tensors.
+        compose: Makes the weight of the tensors, given in that order.
     """
 
-    def __init__(self, places: Mapping[str, Place], unreadable: Mapping[str, str]) -> None:
+    parts: tuple[Place, ...]
+    compose: Callable[[list[Tensor]], Tensor]
+
+
+class SafetensorsSource(WeightSource):
+    """Reads weights from memory-mapped files; nothing is kept but the mapping."""
+
+    def __init__(self, places: Mapping[str, Place | Composed]) -> None:
         """Read the weights at `places`, by the names that the graph uses."""
         self._places = dict(places)
-        self._unreadable = dict(unreadable)
         self._open: dict[Path, Any] = {}
 
     @classmethod
@@ -52,54 +61,61 @@ class SafetensorsSource(WeightSource):
         Raises:
             ModelFileError: A file is missing or corrupt.
         """
-        from lamella.ir.safetensors_file import read_header  # noqa: PLC0415
-
-        places = {
-            name: Place(path, name, entry.dtype, entry.shape)
-            for path in paths
-            for name, entry in read_header(path).items()
-        }
-        return cls(places, {})
+        return cls(
+            {
+                name: Place(path, name, entry.dtype, entry.shape)
+                for path in paths
+                for name, entry in read_header(path).items()
+            }
+        )
 
     def names(self) -> frozenset[str]:
-        """The names that the graph uses, those that can't be read included."""
-        return frozenset(self._places) | frozenset(self._unreadable)
+        """The names that the graph uses."""
+        return frozenset(self._places)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`.
 
         Raises:
-            ModelFileError: It is not in the files in this form, or the file changed.
+            ModelFileError: It is not in the files, or a file changed.
         """
         place = self._place(name)
-        return self._read(place, lambda file: file.get_tensor(place.key))
+        if isinstance(place, Composed):
+            return place.compose([self._read(part, _whole) for part in place.parts])
+        return self._read(place, _whole)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` of `name` along its first axis; other rows are not read.
+        """Rows ``start:stop`` of `name` along its first axis.
+
+        Other rows are not read, but for a weight that is composed of several tensors.
 
         Raises:
             ModelFileError: As `read`.
         """
         place = self._place(name)
-        return self._read(place, lambda file: file.get_slice(place.key)[start:stop])
+        if isinstance(place, Composed):
+            return self.read(name)[start:stop]
+        return self._read(place, lambda file, key: file.get_slice(key)[start:stop])
 
-    def _place(self, name: str) -> Place:
-        if name in self._unreadable:
-            raise ModelFileError(
-                f"weight {name!r} can't be read on its own: {self._unreadable[name]}"
-            )
+    def _place(self, name: str) -> Place | Composed:
         if name not in self._places:
-            raise ModelFileError(f"the model files hold no weight {name!r}")
+            raise ModelFileError(
+                f"the model files hold no weight {name!r}{closest(name, self._places)}"
+            )
         return self._places[name]
 
-    def _read(self, place: Place, read: Callable[[Any], Tensor]) -> Tensor:
+    def _read(self, place: Place, read: Callable[[Any, str], Tensor]) -> Tensor:
         try:
             if place.path not in self._open:
                 self._open[place.path] = safe_open(place.path, framework="pt")
-            value = read(self._open[place.path])
+            value = read(self._open[place.path], place.key)
         except (SafetensorError, OSError) as error:
             raise ModelFileError(
                 f"{str(place.path)!r} no longer holds {place.key!r} as it did when the model was "
                 f"captured ({error})"
             ) from error
         return value.to(place.dtype)
+
+
+def _whole(file: Any, key: str) -> Tensor:
+    return file.get_tensor(key)
