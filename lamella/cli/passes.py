@@ -40,7 +40,7 @@ def _table(title: str, entries: list[PassEntry]) -> Table:
             f"{o.name}={o.default}" if o.default is not None else f"{o.name} ({o.type})"
             for o in options.described(entry.cls)
         ]
-        foreign = "" if entry.distribution.startswith("lamella ") else f" ({entry.distribution})"
+        foreign = "" if entry.distribution.split()[0] == "lamella" else f" ({entry.distribution})"
         table.add_row(entry.cls.name, options.summary_of(entry.cls) + foreign, "\n".join(lines))
     return table
 
