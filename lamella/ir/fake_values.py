@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lamella.ir.torch_private import FakeTensorMode, detect_fake_mode, tree_map
+from lamella.ir.torch_private import (
+    FakeTensorMode,
+    detect_fake_mode,
+    enable_python_dispatcher,
+    tree_map,
+)
 
 
 def mode_of(nodes: Iterable[Node]) -> FakeTensorMode:
@@ -28,7 +33,8 @@ def value_of(node: Node, mode: FakeTensorMode) -> Any:
     args = tree_map(read, node.args)
     kwargs = tree_map(read, node.kwargs)
     assert callable(node.target)
-    with mode, torch.no_grad():
+    # Some operators take symbolic sizes (padding by one) only in their Python implementations.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         return node.target(*args, **kwargs)
 
 

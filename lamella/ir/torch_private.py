@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import SymInt
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import Source, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
@@ -29,6 +30,7 @@ __all__ = [
     "StorageWeakRef",
     "TreeSpec",
     "detect_fake_mode",
+    "enable_python_dispatcher",
     "statically_known_true",
     "symbolic_mode",
     "symbolic_size",
