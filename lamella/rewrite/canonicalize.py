@@ -16,6 +16,7 @@ from lamella.rewrite.canonical.cleanup import CLEANUP
 from lamella.rewrite.canonical.constants import WEIGHT_NORM, fold_constants
 from lamella.rewrite.canonical.contractions import CONTRACTIONS, raise_linears
 from lamella.rewrite.canonical.creation import CREATION
+from lamella.rewrite.canonical.decomposed import DECOMPOSED
 from lamella.rewrite.canonical.functionalize import functionalize
 from lamella.rewrite.canonical.masks import MASKS
 from lamella.rewrite.canonical.moe import raise_grouped_linears
@@ -39,6 +40,7 @@ SPELLING_RULES: tuple[Rule, ...] = (
     *ROWS,
     *SIZES,
     *WEIGHT_NORM,
+    *DECOMPOSED,
 )
 """One spelling of every operator."""
 

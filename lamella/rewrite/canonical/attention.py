@@ -19,7 +19,7 @@ from lamella.rewrite.canonical.extents import (
     same_shape,
     shape_of,
 )
-from lamella.rewrite.pattern import AnyOf, Call, Cast, Match, Matcher, Pattern, Var
+from lamella.rewrite.pattern import AnyOf, Call, Cast, Match, Matcher, Number, Pattern, Var
 from lamella.rewrite.rule import Rule, Skip, rule
 
 aten = torch.ops.aten
@@ -39,13 +39,27 @@ class _Scores:
     masks: tuple[Node, ...] = ()
 
 
-@rule(
+_SOFTMAX = Call(aten.softmax.int, Var("scores"), Var("dim"), ...)
+_NOTHING = Call(aten.full.default, Var("any_size"), 0, ...)
+_ALL_HIDDEN = Call(
+    aten.logical_not.default,
     Call(
-        aten.matmul.default,
-        Cast(Call(aten.softmax.int, Var("scores"), Var("dim"), ...)),
-        Var("v"),
-    )
+        aten.any.dim,
+        Call(aten.logical_not.default, Call(aten.eq.Scalar, Var("scores"), -math.inf)),
+        Var("dim"),
+        True,
+    ),
 )
+# The operator gives zero where a query sees nothing, as the two longer forms do.
+_SAFE = AnyOf(
+    _SOFTMAX,
+    Call(aten.where.self, _ALL_HIDDEN, _NOTHING, _SOFTMAX),
+    Call(aten.where.self, Call(aten.isnan.default, _SOFTMAX), _NOTHING, _SOFTMAX),
+    Call(aten.where.ScalarSelf, Call(aten.isnan.default, _SOFTMAX), 0, _SOFTMAX),
+)
+
+
+@rule(Call(aten.matmul.default, Cast(_SAFE), Var("v")))
 def attention_from_softmax(graph: Graph, found: Match) -> Node | Skip:
     """``softmax(q k^T * scale + mask) v -> scaled_dot_product_attention(q, k, v, mask)``.
 
@@ -216,6 +230,43 @@ def attention_in_full(graph: Graph, found: Match) -> Node | Skip:
     return graph.call(_SDPA, *args, before=root, like=root, **kwargs)
 
 
+_TURNS = (aten.reshape.default, aten.transpose.int, aten.permute.default)
+
+
+def _factored(name: str) -> Pattern:
+    """A value times a number, seen as it is or through one or two views."""
+    product = AnyOf(
+        Call(aten.mul.Tensor, Var(name), Number(f"{name}_factor")),
+        Call(aten.div.Tensor, Var(name), Number(f"{name}_divisor")),
+    )
+    once = Call(_TURNS, product, ...)
+    return AnyOf(product, once, Call(_TURNS, once, ...))
+
+
+@rule(
+    AnyOf(
+        Call(_SDPA, _factored("q"), Var("k"), Var("v"), ...),
+        Call(_SDPA, Var("q"), _factored("k"), Var("v"), ...),
+    )
+)
+def attention_of_scaled_operand(graph: Graph, found: Match) -> Node | Skip:
+    """``sdpa(a * q, k, v, scale=s) -> sdpa(q, k, v, scale=a * s)``; so for the keys."""
+    root, scale = found.root, graph.operand(found.root, "scale")
+    name = "q" if "q_factor" in found.bindings or "q_divisor" in found.bindings else "k"
+    if not isinstance(scale, float) or not is_tensor(found[name]):
+        return Skip("the scale of the attention, or the value, is no tensor and number")
+    if dtype_of(found[name]) != dtype_of(root):
+        return Skip("the factor promotes the dtype")
+    *views, _ = found.nodes[1:]
+    value = found[name]
+    for view in reversed(views):
+        value = graph.call(view.target, value, *view.args[1:], before=root, like=view)
+    scale *= found.get(f"{name}_factor", 1.0) / found.get(f"{name}_divisor", 1.0)
+    pair = (value, root.args[1]) if name == "q" else (root.args[0], value)
+    kwargs = {**root.kwargs, "scale": scale}
+    return graph.call(_SDPA, *pair, *root.args[2:], before=root, like=root, **kwargs)
+
+
 def _repeated(name: str) -> Pattern:
     """Heads that are repeated for groups of queries."""
     return AnyOf(
@@ -268,5 +319,9 @@ def _not_repeated(short: Node, long: Any) -> str | None:
     return None
 
 
-ATTENTION: tuple[Rule, ...] = (attention_from_softmax, attention_of_repeated_heads)
+ATTENTION: tuple[Rule, ...] = (
+    attention_from_softmax,
+    attention_of_scaled_operand,
+    attention_of_repeated_heads,
+)
 ATTENTION_SPELLING: tuple[Rule, ...] = (attention_in_full,)
