@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,8 @@ from lamella.ir.torch_private import (
     enable_python_dispatcher,
     tree_map,
 )
+
+aten = torch.ops.aten
 
 
 def mode_of(nodes: Iterable[Node]) -> FakeTensorMode:
@@ -33,8 +36,11 @@ def value_of(node: Node, mode: FakeTensorMode) -> Any:
     args = tree_map(read, node.args)
     kwargs = tree_map(read, node.kwargs)
     assert callable(node.target)
-    # Some operators take symbolic sizes (padding by one) only in their Python implementations.
-    with mode, torch.no_grad(), enable_python_dispatcher():
+    # Padding by a symbolic size has only a Python implementation; elsewhere these are slower, and
+    # that of `reshape` loses known sizes.
+    padding = node.target in (aten.pad.default, aten.constant_pad_nd.default)
+    python = enable_python_dispatcher() if padding else contextlib.nullcontext()
+    with mode, torch.no_grad(), python:
         return node.target(*args, **kwargs)
 
 
