@@ -238,11 +238,10 @@ class Graph:
             GraphError: `old` and `new` differ in shape rank or dtype.
         """
         was, now = old.meta.get("val"), new.meta.get("val")
-        both = isinstance(was, Tensor) and isinstance(now, Tensor)
-        if both and (was.dtype != now.dtype or was.ndim != now.ndim):
+        if isinstance(was, Tensor) and isinstance(now, Tensor) and _kind(was) != _kind(now):
             raise GraphError(
-                f"{new.name} ({now.dtype}, {now.ndim} dims) can't replace {old.name} "
-                f"({was.dtype}, {was.ndim} dims)"
+                f"{new.name} ({_kind(now)}) can't replace {old.name} ({_kind(was)}): dtype and "
+                f"number of dims must be the same"
             )
         if new.op == "call_function" and "nn_module_stack" in old.meta:
             new.meta.setdefault("nn_module_stack", old.meta["nn_module_stack"])
@@ -469,6 +468,10 @@ def set_tensor(module: torch.nn.Module, name: str, value: Tensor) -> None:
     if hasattr(module, leaf):
         delattr(module, leaf)
     module.register_buffer(leaf, value)
+
+
+def _kind(value: Tensor) -> str:
+    return f"{value.dtype}, {value.ndim} dims"
 
 
 def _nbytes(value: Tensor) -> int:
