@@ -17,21 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from lamella.ir.graph import Graph
-
-Size = int | sympy.Expr
-
-
-def size_of(size: Any) -> Size:
-    """A size of a fake tensor as a number or an expression over symbols."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    expression = size.node.expr
-    return int(expression) if expression.is_Integer else expression
-
-
-def sizes_of(value: Any) -> tuple[Size, ...]:
-    """The shape of a fake tensor; empty for what is not a tensor."""
-    return tuple(size_of(size) for size in value.shape) if isinstance(value, Tensor) else ()
+from lamella.ir.symbols import shape_of, size_of
 
 
 def merged_batch(graph: Graph) -> Mapping[sympy.Symbol, sympy.Symbol]:
@@ -48,15 +34,9 @@ def merged_batch(graph: Graph) -> Mapping[sympy.Symbol, sympy.Symbol]:
     return merged
 
 
-def sizes_with(node: Node, merged: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[Size, ...]:
+def sizes_with(node: Node, merged: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[sympy.Expr, ...]:
     """The shape of a node after the symbols in `merged` are replaced."""
-    sizes = sizes_of(node.meta.get("val"))
-    return tuple(s if isinstance(s, int) else _replaced(s, merged) for s in sizes)
-
-
-def _replaced(size: sympy.Expr, merged: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
-    replaced: Any = size.xreplace(dict(merged))
-    return replaced
+    return tuple(sympy.sympify(size).xreplace(dict(merged)) for size in shape_of(node))
 
 
 def _sample_size(size: Any) -> int | None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from lamella.ir.axes import sizes_of
 from lamella.ir.graph import Graph
 from lamella.ir.ops import facts
+from lamella.ir.symbols import shape_of
 
 _HIDDEN = -1e4
 
@@ -53,7 +53,7 @@ def _category(node: Node) -> str:
 
 
 def _is_square(mask: Node) -> bool:
-    sizes = sizes_of(mask.meta.get("val"))
+    sizes = shape_of(mask)
     return len(sizes) >= 2 and sizes[-1] == sizes[-2] and sizes[-1] != 1
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from lamella.errors import GraphError, SamplesError, closest
-from lamella.ir.axes import merged_batch, sizes_of, sizes_with
+from lamella.ir.axes import merged_batch, sizes_with
 from lamella.ir.graph import Graph
 from lamella.ir.reducers import Reducer, State
 from lamella.ir.segments import Program, Values, program
+from lamella.ir.symbols import shape_of
 
 Progress = Callable[[int, int], None]
 Samples = Iterable[Mapping[str, Any]]
@@ -222,7 +223,7 @@ def _masks(graph: Graph) -> dict[str, Node]:
     found = [
         (name, node)
         for name, node in zip(graph.signature.inputs, graph.inputs, strict=True)
-        if name.endswith("attention_mask") and len(sizes_of(node.meta.get("val"))) == 2
+        if name.endswith("attention_mask") and len(shape_of(node)) == 2
     ]
     return dict(sorted(found, key=lambda pair: pair[0] != "attention_mask"))
 

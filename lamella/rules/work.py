@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from lamella.ir import ops
-from lamella.ir.axes import sizes_of
+from lamella.ir.symbols import size_of
 
 Expr = sympy.Expr
 Sizes = tuple[Expr, ...]
@@ -116,7 +116,9 @@ class Call:
         return sympy.Add(*sizes)
 
     def _sizes(self, value: Any) -> Sizes:
-        sizes = (sympy.sympify(size) for size in sizes_of(value))
+        if not isinstance(value, Tensor):
+            return ()
+        sizes = (sympy.sympify(size_of(size)) for size in value.shape)
         return tuple(size.xreplace(dict(self.names)) for size in sizes)
 
 

@@ -169,8 +169,8 @@ class CostReport:
     def at(self, **sizes: int) -> CostAt:
         """The numbers at some sizes: ``report.at(batch=1, sequence=128)``.
 
-        A size that is not given takes that of the same name without its number (``sequence_2``
-        that of ``sequence``).
+        A size that is not given takes that of its plain name: ``sequence_2`` and
+        ``decoder_sequence`` that of ``sequence``.
 
         Raises:
             ValueError: A size is unknown, missing, or smaller than 1.
@@ -186,7 +186,8 @@ class CostReport:
         )
 
     def _sizes(self, given: Mapping[str, int]) -> dict[sympy.Symbol, int]:
-        unknown = [name for name in given if name not in self.symbols]
+        known = {*self.symbols, *map(_base, self.symbols)}
+        unknown = [name for name in given if name not in known]
         if unknown:
             raise ValueError(
                 f"unknown size {', '.join(unknown)}: the model has "
@@ -300,4 +301,4 @@ def _symbol(name: str) -> sympy.Symbol:
 
 
 def _base(name: str) -> str:
-    return re.sub(r"_\d+$", "", name)
+    return re.sub(r"_\d+$", "", name.removeprefix("decoder_"))
