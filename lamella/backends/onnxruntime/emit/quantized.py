@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from lamella.backends.onnxruntime.emission import Call, Emission, Emitter
+from lamella.backends.onnxruntime.emit import dequantized
 
 lam = torch.ops.lamella
 
@@ -24,6 +25,8 @@ def linear_nbits(e: Emission, call: Call) -> ir.Value:
     Scales stored as float16 are cast where the model computes in float32; ONNX Runtime folds
     the cast when it loads the model, so that the file is smaller and the kernel is the same.
     """
+    if not e.options.contrib:
+        return dequantized.linear(e, call)
     x, dtype = call.fake("input"), call.out.dtype
     return e.contrib(
         "MatMulNBits",
@@ -43,6 +46,8 @@ def linear_nbits(e: Emission, call: Call) -> ir.Value:
 
 def embedding_nbits(e: Emission, call: Call) -> ir.Value:
     """`GatherBlockQuantized`, which reads only the rows that are asked for."""
+    if not e.options.contrib:
+        return dequantized.embedding(e, call)
     packed, block = call.fake("packed"), int(call["block"])
     rows, blocks, width = (int(size) for size in packed.shape)
     found = e.contrib(
