@@ -30,8 +30,8 @@ from lamella.passes.instruments import Progress
 from lamella.recipe import parse_passes
 from lamella.timing import measure
 
-RECIPE = ("fold-norms", "allocate-bits budget=5", "quantize-weights")
-CALIBRATION = 64
+RECIPE = ("allocate-bits budget=6.5 choices=4,8", "quantize-weights")
+CALIBRATION = 32
 HELD_OUT = 500
 TOKENS = 128
 
