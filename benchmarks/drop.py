@@ -9,12 +9,12 @@ import argparse
 from functools import partial
 
 import torch
+from transformers import AutoTokenizer
 
 import lamella
 from benchmarks.bits import calibration
 from benchmarks.record import Result
 from benchmarks.zoo.language_model import language_model, perplexity, windows
-from lamella.api import load_tokenizer
 from lamella.timing import measure
 
 RECIPES = {
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     folder = language_model()
-    tokenizer = load_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     test = windows(tokenizer, "test", 256, 32)
     samples = list(calibration(windows(tokenizer, "calibration", 256, 16)))
     captured = lamella.capture(folder, samples[0])
