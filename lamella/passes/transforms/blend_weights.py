@@ -11,8 +11,8 @@ from torch import nn
 
 from lamella.ir.graph import Graph
 from lamella.passes.base import Analyses, Effect, Transform
-from lamella.passes.transforms.blending import blend, check_blocks, check_unchanged, floating
-from lamella.passes.transforms.checkpoint import open_checkpoint
+from lamella.passes.transforms.blending import blend, check_blocks, check_unchanged
+from lamella.passes.transforms.checkpoint import open_checkpoint, stored_weights
 from lamella.passes.transforms.indices import parse_indices
 
 _RATIO = re.compile(r"\s*([\d\s-]+):\s*([\d.eE+-]+)\s*")
@@ -23,7 +23,8 @@ class BlendWeights(Transform):
     """Linear interpolation with a second checkpoint: ``(1 - r) w + r w_other``.
 
     Computed in float32 (float64 for float64 weights) and stored in the dtype of the graph; the
-    weights of `other` are read one by one. Integer buffers stay. Constants that were computed
+    weights of `other` are read one by one. Integer
+    buffers and tables that follow from the code stay. Constants that were computed
     from parameters when the model was captured (weight norm) are interpolated as computed. Run
     it before passes that fold or quantize weights.
 
@@ -58,7 +59,7 @@ class BlendWeights(Transform):
         check_unchanged(graph, self.name)
         by_weight = self._by_weight(graph)
         checkpoint = open_checkpoint(self.other, graph)
-        for node in floating(graph):
+        for node in stored_weights(graph):
             blend(graph, node, checkpoint, by_weight.get(str(node.target), self.ratio))
 
     def _by_weight(self, graph: Graph) -> dict[str, float]:

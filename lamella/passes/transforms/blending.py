@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch.fx import Node
 
@@ -10,11 +10,6 @@ from lamella.errors import PassError
 from lamella.ir.graph import Graph
 from lamella.passes.sites import FOLDED
 from lamella.passes.transforms.checkpoint import Checkpoint
-
-
-def floating(graph: Graph) -> Iterator[Node]:
-    """The nodes that read a weight of a floating type."""
-    return (node for node in graph.weight_nodes() if node.meta["val"].is_floating_point())
 
 
 def blend(graph: Graph, node: Node, checkpoint: Checkpoint, ratio: float) -> None:

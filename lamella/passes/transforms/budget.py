@@ -14,8 +14,11 @@ from typing import Literal
 
 Unit = Literal["bits", "percent", "bytes"]
 
+_UNITS = ("b", "kb", "mb", "gb")
 _BYTES: Mapping[str, int] = MappingProxyType(
-    {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    {unit: 1000**power for power, unit in enumerate(_UNITS)}
+    | {f"{unit[0]}ib": 1024**power for power, unit in enumerate(_UNITS) if power}
+    | {"bytes": 1}
 )
 _MOST_BITS = 64
 _SPELLING = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z%]*)\s*", re.IGNORECASE)

@@ -22,6 +22,7 @@ from lamella.rewrite.canonicalize import canonicalize
 Other = str | Path | nn.Module | Graph
 """A second checkpoint: a model folder or file, a module, or a graph."""
 
+_FROM_CODE = "constant_folded"
 _LISTED = 20
 
 
@@ -77,10 +78,21 @@ def open_checkpoint(other: Other, graph: Graph) -> Checkpoint:
         PassError: Names are missing, or shapes differ: another architecture. All are listed.
         CaptureError: `other` is no model.
     """
-    wanted = [node for node in graph.weight_nodes() if node.meta["val"].is_floating_point()]
+    wanted = stored_weights(graph)
     found = _by_name(other, graph, frozenset(str(node.target) for node in wanted))
     _check(found, wanted, bool(graph.origin.dropped))
     return found
+
+
+def stored_weights(graph: Graph) -> list[Node]:
+    """The nodes that read floating weights a checkpoint has: no buffers that follow from code."""
+    return [
+        node
+        for node in graph.weight_nodes()
+        if node.meta["val"].is_floating_point()
+        and str(node.target) not in graph.origin.constants
+        and not str(node.target).startswith(_FROM_CODE)
+    ]
 
 
 def _by_name(other: Other, graph: Graph, wanted: frozenset[str]) -> Checkpoint:
@@ -89,19 +101,26 @@ def _by_name(other: Other, graph: Graph, wanted: frozenset[str]) -> Checkpoint:
     stored: WeightSource | Mapping[str, Tensor] | None = None
     if isinstance(other, nn.Module):
         stored = other.state_dict(keep_vars=False)
-    elif _holds_safetensors(Path(other)):
-        stored = SafetensorsSource(Path(other))
+    elif files := _safetensors(Path(other)):
+        stored = SafetensorsSource.of_files(*files)
     if stored is not None:
         found = _ByName(stored, graph.origin.transposed)
-        if wanted <= found.names() or (isinstance(other, nn.Module) and not is_pretrained(other)):
+        if wanted <= found.names() or not _can_be_captured(other):
             return found
     captured = read_model(other).graph
     canonicalize(captured)
     return _OfGraph(captured)
 
 
-def _holds_safetensors(path: Path) -> bool:
-    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
+def _can_be_captured(other: str | Path | nn.Module) -> bool:
+    """Whether a graph of `other` can be made without sample inputs."""
+    if isinstance(other, nn.Module):
+        return is_pretrained(other)
+    return (Path(other) / "config.json").is_file()
+
+
+def _safetensors(path: Path) -> list[Path]:
+    return [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors"))
 
 
 def _check(found: Checkpoint, wanted: Iterable[Node], dropped: bool) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 
 from lamella.ir.graph import Graph
 from lamella.passes.base import Analyses, Effect, Transform
-from lamella.passes.transforms.blending import blend, check_blocks, check_unchanged, floating
-from lamella.passes.transforms.checkpoint import open_checkpoint
+from lamella.passes.transforms.blending import blend, check_blocks, check_unchanged
+from lamella.passes.transforms.checkpoint import open_checkpoint, stored_weights
 from lamella.passes.transforms.indices import parse_indices
 
 
@@ -52,6 +52,6 @@ class RestoreBlocks(Transform):
         check_blocks(graph, wanted)
         checkpoint = open_checkpoint(self.other, graph)
         inside = {node for index in wanted for node in graph.blocks[index].nodes}
-        for node in floating(graph):
+        for node in stored_weights(graph):
             if node in inside:
                 blend(graph, node, checkpoint, 1.0)
