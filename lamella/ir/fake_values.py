@@ -1,15 +1,23 @@
-"""Fake values: the shape, dtype and device of what a node computes, without the data."""
+"""Fake values: the shape, dtype and device of what a node computes, without the data.
+
+Computing one with symbolic sizes takes milliseconds. What was computed is remembered: for an
+operator, its constants, and the shapes and dtypes of its operands, the shape and dtype of the
+result. The memory belongs to a fake mode, which a graph shares with its copies.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from lamella.ir.symbols import size_of
 from lamella.ir.torch_private import (
     FakeTensorMode,
     detect_fake_mode,
@@ -18,6 +26,10 @@ from lamella.ir.torch_private import (
 )
 
 aten = torch.ops.aten
+
+_Cases = dict[Hashable, set[Hashable]]
+_known: WeakKeyDictionary[FakeTensorMode, _Cases] = WeakKeyDictionary()
+"""For every case the descriptions of its result that were found right."""
 
 
 def mode_of(nodes: Iterable[Node]) -> FakeTensorMode:
@@ -49,3 +61,34 @@ def fake_of(value: Tensor, mode: FakeTensorMode) -> Tensor:
     device = "cpu" if value.device.type == "meta" else value.device
     with mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+
+def is_known(node: Node, mode: FakeTensorMode) -> bool:
+    """Whether the same operator gave this value on operands of these shapes before."""
+    cases = _known.get(mode)
+    return cases is not None and _described(node.meta["val"]) in cases.get(_case(node), ())
+
+
+def remember(node: Node, mode: FakeTensorMode) -> None:
+    """Take the value of `node` to be right, here and wherever the same case occurs."""
+    cases = _known.setdefault(mode, defaultdict(set))
+    cases[_case(node)].add(_described(node.meta["val"]))
+
+
+def _case(node: Node) -> Hashable:
+    return (node.target, _described(node.args), _described(node.kwargs))
+
+
+def _described(value: Any) -> Hashable:
+    """What a fake value depends on: shapes and dtypes of tensors, constants as they are."""
+    if isinstance(value, Node):
+        return _described(value.meta["val"])
+    if isinstance(value, Tensor):
+        return (value.dtype, value.device, tuple(map(size_of, value.shape)))
+    if isinstance(value, torch.SymInt):
+        return size_of(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    if isinstance(value, dict):
+        return tuple((name, _described(item)) for name, item in value.items())
+    return (type(value), value)

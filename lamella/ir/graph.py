@@ -404,6 +404,7 @@ class Graph:
 
     def _propagate(self, node: Node) -> None:
         node.meta["val"] = fake_values.value_of(node, self.fake_mode())
+        fake_values.remember(node, self.fake_mode())
 
     def _propagate_new(self, node: Node) -> None:
         try:
