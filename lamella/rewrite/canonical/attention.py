@@ -31,16 +31,19 @@ _FAR = -1e20
 
 @dataclass(frozen=True)
 class _Scores:
-    """What a softmax is taken of: ``scale * matmul(q, kt)`` plus masks."""
+    """What a softmax is taken of: ``scale * matmul(q, kt)`` plus masks.
+
+    The path leads from the product to what the softmax reads.
+    """
 
     q: Node
     kt: Node
+    path: tuple[Node, ...]
     scale: float = 1.0
     masks: tuple[Node, ...] = ()
 
 
 _SOFTMAX = Call(aten.softmax.int, Var("scores"), Var("dim"), ...)
-_NOTHING = Call(aten.full.default, Var("any_size"), 0, ...)
 _ALL_HIDDEN = Call(
     aten.logical_not.default,
     Call(
@@ -53,8 +56,7 @@ _ALL_HIDDEN = Call(
 # The operator gives zero where a query sees nothing, as the two longer forms do.
 _SAFE = AnyOf(
     _SOFTMAX,
-    Call(aten.where.self, _ALL_HIDDEN, _NOTHING, _SOFTMAX),
-    Call(aten.where.self, Call(aten.isnan.default, _SOFTMAX), _NOTHING, _SOFTMAX),
+    Call(aten.where.ScalarSelf, _ALL_HIDDEN, 0, _SOFTMAX),
     Call(aten.where.ScalarSelf, Call(aten.isnan.default, _SOFTMAX), 0, _SOFTMAX),
 )
 
@@ -71,7 +73,7 @@ def attention_from_softmax(graph: Graph, found: Match) -> Node | Skip:
     scores = _scores(graph, found["scores"], root)
     if isinstance(scores, Skip):
         return scores
-    problem = _not_attention(scores, v, found["dim"])
+    problem = _read_elsewhere(scores, found) or _not_attention(scores, v, found["dim"])
     if problem:
         return Skip(problem)
     axes = len(shape_of(v)) - 2, len(shape_of(v)) - 1
@@ -89,11 +91,10 @@ def _scores(graph: Graph, node: Any, root: Node) -> _Scores | Skip:
     if not is_tensor(node):
         return Skip("the scores are no tensor")
     if node.target is aten.matmul.default:
-        if any(_reaches_beyond(user, root) for user in node.users):
-            return Skip(f"the scores {node.name} are read elsewhere too")
-        return _Scores(node.args[0], node.args[1])
+        return _Scores(node.args[0], node.args[1], (node,))
     if node.target is aten.to.dtype:
-        return _scores(graph, node.args[0], root)
+        inner = _scores(graph, node.args[0], root)
+        return inner if isinstance(inner, Skip) else _through(inner, node)
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return _scaled(graph, node, root)
     if node.target is aten.add.Tensor:
@@ -106,14 +107,18 @@ def _scores(graph: Graph, node: Any, root: Node) -> _Scores | Skip:
     )
 
 
-def _reaches_beyond(user: Node, root: Node) -> bool:
-    """Whether a value is read by something that is not on its way to `root`."""
-    steps = 0
-    while user is not root and steps < 16:
-        if len(user.users) != 1:
-            return True
-        user, steps = next(iter(user.users)), steps + 1
-    return user is not root
+def _through(inner: _Scores, node: Node, **changes: Any) -> _Scores:
+    return dataclasses.replace(inner, path=(*inner.path, node), **changes)
+
+
+def _read_elsewhere(scores: _Scores, found: Match) -> str | None:
+    """Whether raising would compute the scores a second time."""
+    known = {*scores.path, *found.nodes}
+    for node in scores.path:
+        others = [user.name for user in node.users if user not in known]
+        if others:
+            return f"the scores {node.name} are read by {', '.join(others)} too"
+    return None
 
 
 def _scaled(graph: Graph, node: Node, root: Node) -> _Scores | Skip:
@@ -130,7 +135,7 @@ def _scaled(graph: Graph, node: Node, root: Node) -> _Scores | Skip:
     if inner.masks:
         return Skip(f"the scores are scaled at {node.name} after a mask was added")
     scale = inner.scale * factor if node.target is aten.mul.Tensor else inner.scale / factor
-    return dataclasses.replace(inner, scale=float(scale))
+    return _through(inner, node, scale=float(scale))
 
 
 def _added(graph: Graph, node: Node, root: Node) -> _Scores | Skip:
@@ -187,7 +192,7 @@ def _with_mask(inner: _Scores, mask: Node, read: Any, node: Node) -> _Scores | S
         return Skip(f"the mask at {node.name} does not have the shape of the scores")
     if dtype_of(mask) != dtype_of(inner.q):
         return Skip(f"the mask is {dtype_of(mask)} and the query {dtype_of(inner.q)}")
-    return dataclasses.replace(inner, masks=(*inner.masks, mask))
+    return _through(inner, node, masks=(*inner.masks, mask))
 
 
 def _not_attention(scores: _Scores, v: Any, dim: int) -> str | None:

@@ -137,19 +137,55 @@ def decomposed_empty(graph: Graph, found: Match) -> Node:
 )
 def matmul_of_flat_batches(graph: Graph, found: Match) -> Node | Skip:
     """``reshape(matmul(reshape(x), reshape(y))) -> matmul(x, y)``, batches made one and back."""
+    root, product = found.root, found.nodes[1]
+    batches = shape_of(root)[:-2]
+    if not same_shape(shape_of(product)[-2:], shape_of(root)[-2:]) or len(batches) < 2:
+        return Skip("the result is not the product with several batches")
+    factors: list[Node] = []
+    for which, flat in zip("xy", product.args[:2], strict=True):
+        whole, size = found[which], found[f"size_{which}"]
+        assert isinstance(flat, Node)
+        if len(shape_of(flat)) != 3 or not same_shape(shape_of(whole)[-2:], shape_of(flat)[-2:]):
+            return Skip(f"{flat.name} does more than to make one axis of several batches")
+        if not same_shape(shape_of(whole)[:-2], batches):
+            size = [*found["size"][:-2], *size[-2:]]
+            if sum(part == -1 for part in size) > 1:
+                return Skip(f"the batches of {flat.name} can't be told")
+            whole = graph.call(aten.reshape.default, whole, size, before=root)
+        factors.append(whole)
+    return graph.call(aten.matmul.default, *factors, before=root, like=root)
+
+
+@rule(Call(aten.matmul.default, Var("x"), Call(aten.expand.default, Var("y"), ...)))
+def matmul_of_expanded(graph: Graph, found: Match) -> Node | Skip:
+    """``matmul(x, expand(y)) -> matmul(x, y)``, where `x` has the batches: they broadcast."""
     root, x, y = found.root, found["x"], found["y"]
-    flat_x, flat_y = found.nodes[1].args[:2]
-    for whole, flat in ((x, flat_x), (y, flat_y)):
-        if not is_tensor(whole) or len(shape_of(flat)) != 3 or len(shape_of(whole)) < 4:
-            return Skip(f"{flat.name} does not make one axis of several batches")
-        if not same_shape(shape_of(whole)[-2:], shape_of(flat)[-2:]):
-            return Skip(f"{flat.name} changes the matrices")
-    if not same_shape(shape_of(x)[:-2], shape_of(y)[:-2]):
-        return Skip("the factors had different batches")
-    wanted = (*shape_of(x)[:-1], shape_of(y)[-1])
-    if not same_shape(wanted, shape_of(root)):
-        return Skip("the result has other axes than the factors")
+    wide = shape_of(found.nodes[1])
+    if not is_tensor(x) or len(shape_of(y)) < 2 or len(wide) < 3:
+        return Skip("there are no batches")
+    if not same_shape(shape_of(y)[-2:], wide[-2:]):
+        return Skip("the matrices are expanded")
+    if not same_shape(shape_of(x)[:-2], wide[:-2]):
+        return Skip("the other factor does not have the batches")
     return graph.call(aten.matmul.default, x, y, before=root, like=root)
+
+
+@rule(Call(aten.where.self, Var("condition"), Var("x"), Var("y")))
+def where_of_constant(graph: Graph, found: Match) -> Node | Skip:
+    """``where(c, full(size, 0), y) -> where(c, 0, y)``, and so for the other operand."""
+    root, x, y = found.root, found["x"], found["y"]
+    full = [node.target is aten.full.default for node in (x, y)]
+    if full[0] == full[1]:
+        return Skip("none of the operands is a constant, or both are")
+    constant, other = (x, y) if full[0] else (y, x)
+    if dtype_of(constant) != dtype_of(other):
+        return Skip("the operands differ in dtype")
+    condition, value = found["condition"], constant.args[1]
+    if not any(same_shape(shape_of(node), shape_of(root)) for node in (condition, other)):
+        return Skip("the constant is larger than the other operand")
+    if full[0]:
+        return graph.call(aten.where.ScalarSelf, condition, value, y, before=root, like=root)
+    return graph.call(aten.where.ScalarOther, condition, x, value, before=root, like=root)
 
 
 DECOMPOSED: tuple[Rule, ...] = (
@@ -160,4 +196,6 @@ DECOMPOSED: tuple[Rule, ...] = (
     decomposed_pooling,
     decomposed_empty,
     matmul_of_flat_batches,
+    matmul_of_expanded,
+    where_of_constant,
 )
