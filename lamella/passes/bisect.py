@@ -13,8 +13,8 @@ from lamella.data import Batch, Samples
 from lamella.errors import PassError, VerificationError
 from lamella.ir.edits import Edit
 from lamella.ir.graph import Graph
+from lamella.ir.verify import verify
 from lamella.passes.base import Analyses, Transform
-from lamella.passes.instruments import verify
 from lamella.passes.loss import LossMeter, comparisons
 from lamella.passes.numerics import outputs_of
 from lamella.passes.probes import check_samples, flat_inputs, probe_samples

@@ -24,17 +24,10 @@ from rich.progress import TaskID
 
 from lamella.ir.graph import Graph
 from lamella.ir.text import text_of
+from lamella.ir.verify import verify
 from lamella.passes.base import Analyses, Transform
 from lamella.rendering import seconds_text
 from lamella.report import Loss
-
-try:  # the verifier is on its way
-    from lamella.ir.verify import verify
-except ImportError:
-
-    def verify(graph: Graph) -> None:
-        """Nothing."""
-
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from lamella.errors import NumericError
 from lamella.ir import ops
-from lamella.ir.axes import sizes_of
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
 from lamella.ir.runner import token_mask
+from lamella.ir.symbols import shape_of
 from lamella.report import Loss, OutputLoss
 
 Measure = Literal["kl", "cosine", "relative"]
@@ -60,14 +60,14 @@ def comparisons(graph: Graph) -> tuple[Comparison, ...]:
     for name, node in zip(graph.signature.outputs, graph.outputs, strict=True):
         if isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor):
             mask = token_mask(graph, node)
-            measure: Measure = _measure(name, node.meta["val"], widths)
+            measure: Measure = _measure(name, node, widths)
             found.append(Comparison(name, measure, None if mask is None else places[mask]))
     return tuple(found)
 
 
-def _measure(name: str, value: Tensor, widths: set[int]) -> Measure:
-    sizes = sizes_of(value)
-    if not value.is_floating_point() or len(sizes) < 2 or sizes[-1] == 1:
+def _measure(name: str, node: Node, widths: set[int]) -> Measure:
+    sizes = shape_of(node)
+    if not node.meta["val"].is_floating_point() or len(sizes) < 2 or sizes[-1] == 1:
         return "relative"
     leaf = name.rsplit(".", 1)[-1]
     if leaf.endswith("logits") or leaf.startswith("logits"):

@@ -21,9 +21,10 @@ from torch.fx import Node
 from lamella.data import Batch, Samples
 from lamella.errors import GraphError, PassError, SamplesError
 from lamella.ir import ops
-from lamella.ir.axes import Size, merged_batch, sizes_of, sizes_with
+from lamella.ir.axes import merged_batch, sizes_with
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
+from lamella.ir.symbols import shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def check_samples(samples: Samples, graph: Graph) -> None:
             raise SamplesError(f"sample {index}: {error}") from None
         known: dict[sympy.Symbol, tuple[int, str]] = {}
         for name, node, value in zip(graph.signature.inputs, graph.inputs, values, strict=True):
-            wrong = _mismatch(node.meta.get("val"), value, known, name)
+            wrong = _mismatch(node, value, known, name)
             if wrong:
                 raise SamplesError(f"input {name!r} of sample {index} {wrong}")
 
@@ -111,10 +112,9 @@ def flat_inputs(graph: Graph, batch: Batch) -> list[Any]:
 # ---- checking ----------------------------------------------------------------------------
 
 
-def _mismatch(
-    expected: Any, value: Any, known: dict[sympy.Symbol, tuple[int, str]], name: str
-) -> str:
+def _mismatch(node: Node, value: Any, known: dict[sympy.Symbol, tuple[int, str]], name: str) -> str:
     """What is wrong with a value, or nothing; sizes of symbols are remembered in `known`."""
+    expected = _val(node)
     if not isinstance(expected, Tensor):
         return ""
     if not isinstance(value, Tensor):
@@ -123,7 +123,7 @@ def _mismatch(
         return f"is {value.dtype}, the model takes {expected.dtype}"
     if value.ndim != expected.ndim:
         return f"has {value.ndim} axes ({list(value.shape)}), the model takes {expected.ndim}"
-    for axis, (size, wanted) in enumerate(zip(value.shape, sizes_of(expected), strict=True)):
+    for axis, (size, wanted) in enumerate(zip(value.shape, shape_of(node), strict=True)):
         if isinstance(wanted, int) and size != wanted:
             return f"has size {size} on axis {axis}, the model takes {wanted}"
         if isinstance(wanted, sympy.Symbol):
@@ -145,8 +145,8 @@ def _shapes(graph: Graph) -> Iterator[_Shape]:
     """Choices of sizes, small ones first; batch 2 and 3, sequence 7 and 12."""
     merged = merged_batch(graph)
     sizes = [size for node in graph.inputs for size in sizes_with(node, merged)]
-    symbols = sorted({s for size in sizes for s in _symbols(size)}, key=str)
-    batches = {sizes_with(node, merged)[0] for node in graph.inputs if sizes_of(_val(node))}
+    symbols = sorted({symbol for size in sizes for symbol in _free(size)}, key=str)
+    batches = {sizes_with(node, merged)[0] for node in graph.inputs if shape_of(node)}
     hints = _hints(graph)
     modes: tuple[Floats, ...] = ("normal", "counts")
     for floats in modes:
@@ -168,8 +168,8 @@ def _spread(
     return {**chosen, **{symbol: chosen[root] for symbol, root in merged.items()}}
 
 
-def _symbols(size: Size) -> set[sympy.Symbol]:
-    symbols: Any = set() if isinstance(size, int) else size.free_symbols
+def _free(size: sympy.Expr) -> set[sympy.Symbol]:
+    symbols: Any = size.free_symbols
     return set(symbols)
 
 
@@ -179,7 +179,7 @@ def _hints(graph: Graph) -> dict[sympy.Symbol, int]:
     for node in graph.inputs:
         value = _val(node)
         shape: Any = value.shape if isinstance(value, Tensor) else ()
-        for size, wanted in zip(shape, sizes_of(value), strict=True):
+        for size, wanted in zip(shape, shape_of(node), strict=True):
             if isinstance(wanted, sympy.Symbol) and size.node.has_hint():
                 hints[wanted] = int(size.node.hint)
     return hints
@@ -198,14 +198,14 @@ def _draw(graph: Graph, shape: _Shape, generator: torch.Generator) -> dict[str, 
     for name, node in zip(graph.signature.inputs, graph.inputs, strict=True):
         value = _val(node)
         if isinstance(value, Tensor):
-            sizes = [_number(size, shape.sizes) for size in sizes_of(value)]
+            sizes = [_number(size, shape.sizes) for size in shape_of(node)]
             drawn[name] = _values(node, name, sizes, shape, generator)
         else:
             drawn[name] = value
     return drawn
 
 
-def _number(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
+def _number(size: sympy.Expr | int, sizes: Mapping[sympy.Symbol, int]) -> int:
     if isinstance(size, int):
         return size
     number: Any = size.xreplace({symbol: sympy.Integer(n) for symbol, n in sizes.items()})
