@@ -164,15 +164,24 @@ class Builder:
             isinstance(value, Integers) and value.known
         )
 
-    def as_integers(self, value: Value | None) -> Integers | None:
-        """`value` as integers if it is a short integer vector or number that is known."""
+    def as_integers(self, value: Value | None, whole: bool = False) -> Integers | None:
+        """`value` as integers if it is a short integer vector or number that is known.
+
+        Args:
+            value: Any value.
+            whole: Take floats that are whole numbers too.
+        """
         if isinstance(value, Integers):
             return value
         if not isinstance(value, Constant) or value.tensor.ndim > 1:
             return None
-        if value.tensor.is_floating_point() or value.tensor.numel() > _LISTED_ELEMENTS:
+        floating = value.tensor.is_floating_point()
+        if (floating and not whole) or value.tensor.numel() > _LISTED_ELEMENTS:
             return None
-        items = tuple(int(item) for item in value.tensor.reshape(-1).tolist())
+        numbers = value.tensor.reshape(-1).tolist()
+        if floating and not all(number.is_integer() for number in numbers):
+            return None
+        items = tuple(int(number) for number in numbers)
         return Integers(items, value.tensor.ndim == 0, value.tensor.dtype)
 
     def integers(self, value: Value) -> tuple[Integer, ...]:

@@ -91,7 +91,9 @@ def make_inputs(graph: ir.Graph, samples: Samples | None, dynamic: bool) -> list
 class _Sizes:
     """The symbolic sizes made so far, by name."""
 
-    def __init__(self, mode: FakeTensorMode, declared: Iterable[Sequence[Dim]], dynamic: bool):
+    def __init__(
+        self, mode: FakeTensorMode, declared: Iterable[Sequence[Dim]], dynamic: bool
+    ) -> None:
         self._mode = mode
         self._dynamic = dynamic
         self._alone = {d for dims in declared for d in dims if isinstance(d, str) and _plain(d)}

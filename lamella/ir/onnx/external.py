@@ -101,7 +101,8 @@ def _check_spelling(location: str, owner: str) -> None:
 
 def _roots(folder: Path) -> list[Path]:
     """The folder, and the blobs of the same repository if it is a Hugging Face snapshot."""
-    absolute = Path(os.path.abspath(folder))
+    # Links are kept here: the snapshot, not the blobs, says where the repository is.
+    absolute = folder.absolute()
     roots = [absolute.resolve()]
     parts = absolute.parts
     if "snapshots" in parts:

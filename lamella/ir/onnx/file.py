@@ -98,6 +98,8 @@ def display_name(node: ir.Node) -> str:
 
 
 def _parse(path: Path) -> onnx.ModelProto:
+    if path.exists() and not path.is_file():
+        raise ModelFileError(f"{str(path)!r} is not a file")
     try:
         data = path.read_bytes()
     except OSError as error:

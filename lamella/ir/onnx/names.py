@@ -71,7 +71,7 @@ def is_anonymous(name: str) -> bool:
 
 
 def scoped(node_name: str, leaf: str) -> str | None:
-    """The name of a weight by where it is used: ``/layer.0/query/MatMul`` -> ``layer.0.query.w``."""
+    """The name of a weight by where it is used: ``/a.0/query/MatMul`` -> ``a.0/query/weight``."""
     scope = node_name.strip("/").rpartition("/")[0]
     return f"{scope}/{leaf}" if scope else None
 

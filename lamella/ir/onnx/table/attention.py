@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from lamella.ir.onnx.builder import Builder
-from lamella.ir.onnx.values import Op, Result, Table, Value
+from lamella.ir.onnx.values import Constant, Op, Result, Table, Value
 
 aten = torch.ops.aten
 lam = torch.ops.lamella
@@ -55,6 +57,8 @@ def attended(
     """
     causal, scale, cap = facts
     query, key, _ = parts
+    if scale is not None and _is_usual(scale, g.static(query, 3)):
+        scale = None
     grouped = not g.same(g.shape(query)[1], g.shape(key)[1])
     if cap:
         return _capped(g, parts, mask, facts)
@@ -69,6 +73,11 @@ def attended(
         scale=scale,
         enable_gqa=grouped,
     )
+
+
+def _is_usual(scale: float, width: int | None) -> bool:
+    """Whether a scale, stored as float32, is one over the root of the width."""
+    return width is not None and math.isclose(scale * math.sqrt(width), 1.0, rel_tol=1e-6)
 
 
 def _causal_mask(g: Builder, query: Value, key: Value) -> Any:
@@ -175,14 +184,29 @@ def rotated(
 
 
 def _table(g: Builder, table: Value, positions: Value | None, interleaved: bool) -> Any:
-    """``[batch, 1, sequence, width]`` from half of the channels."""
-    if positions is not None:
+    """``[batch, 1, sequence, width]`` from half of the channels; the batch may be 1."""
+    if positions is not None and _counts(g, positions, table):
+        table = g.call(aten.unsqueeze.default, table, 0)
+    elif positions is not None and isinstance(table, Constant):
         table = g.call(aten.embedding.default, table, positions)
+    elif positions is not None:
+        table = g.call(aten.index.Tensor, table, [positions])
     if interleaved:
         both = g.call(aten.repeat_interleave.self_int, table, 2, -1)
     else:
         both = g.call(aten.cat.default, [table, table], -1)
     return g.call(aten.unsqueeze.default, both, 1)
+
+
+def _counts(g: Builder, positions: Value, table: Value) -> bool:
+    """Whether positions are ``0, 1, ...`` up to the length of the table, for every sample."""
+    rows = g.shape(table)[0]
+    if isinstance(positions, Node) and positions.target is aten.expand.default:
+        positions = positions.args[0]
+    if not isinstance(positions, Node) or positions.target is not aten.arange.start_step:
+        return False
+    start, end, step = positions.args
+    return start == 0 and step == 1 and isinstance(end, int | Node) and g.same(end, rows)
 
 
 TABLE: Table = MappingProxyType({"Attention": attention, "RotaryEmbedding": rotary})

@@ -54,10 +54,15 @@ def binary(g: Builder, target: Target, first: Value, second: Value) -> Any:
 
 
 def integer_pairs(g: Builder, *values: Value) -> list[tuple[Integer, ...]] | None:
-    """The elements of integer vectors side by side, if one of them comes from shapes."""
-    if not any(isinstance(value, Integers) for value in values):
+    """The elements of integer vectors side by side, if one of them comes from shapes.
+
+    Sizes that were cast to floats count too, beside constants that are whole numbers.
+    """
+    found = [value for value in values if isinstance(value, Integers)]
+    if not found:
         return None
-    lists = [g.as_integers(value) for value in values]
+    whole = any(value.dtype.is_floating_point for value in found)
+    lists = [g.as_integers(value, whole) for value in values]
     known = [found for found in lists if found is not None]
     if len(known) < len(lists):
         return None
@@ -134,7 +139,8 @@ def subtract(g: Builder, op: Op) -> Result:
 def divide(g: Builder, op: Op) -> Result:
     """A quotient; of integers it is cut towards zero."""
     first, second = op[0], op[1]
-    pairs = integer_pairs(g, first, second)
+    floating = g.dtype(first).is_floating_point
+    pairs = None if floating else integer_pairs(g, first, second)
     if pairs is not None:
         # Sizes are not negative: cutting is flooring.
         items = [
@@ -142,7 +148,7 @@ def divide(g: Builder, op: Op) -> Result:
             for p in pairs
         ]
         return like_integers(g, items, first, second)
-    if g.dtype(first).is_floating_point:
+    if floating:
         return binary(g, aten.div.Tensor, first, second)
     scalar = as_scalar(g, second, first)
     divisor = second if scalar is None else scalar
@@ -312,10 +318,10 @@ def is_infinite(g: Builder, op: Op) -> Result:
 
 
 def cast(g: Builder, value: Value, dtype: torch.dtype) -> Value:
-    """`value` in another type; integers from shapes stay integers."""
+    """`value` in another type; integers from shapes stay integers, as floats too."""
     if g.dtype(value) == dtype:
         return value
-    if isinstance(value, Integers) and not dtype.is_floating_point and dtype is not torch.bool:
+    if isinstance(value, Integers) and dtype is not torch.bool:
         return Integers(value.items, value.scalar, dtype)
     if isinstance(value, Constant) and value.bits is not None:
         return Constant(value.tensor.to(dtype), value.name)
@@ -330,6 +336,15 @@ def cast_to(g: Builder, op: Op) -> Result:
 def cast_like(g: Builder, op: Op) -> Result:
     """A cast to the type of the second input."""
     return cast(g, op[0], g.dtype(op[1]))
+
+
+def rounded(target: Target) -> Handler:
+    """A rounding, which leaves sizes that were cast to floats as they are."""
+
+    def build(g: Builder, op: Op) -> Result:
+        return op[0] if isinstance(op[0], Integers) else g.call(target, op[0])
+
+    return build
 
 
 def negate(g: Builder, op: Op) -> Result:
@@ -352,12 +367,12 @@ TABLE: Table = MappingProxyType(
         "BitwiseOr": lambda g, op: g.call(aten.bitwise_or.Tensor, op[0], op[1]),
         "Cast": cast_to,
         "CastLike": cast_like,
-        "Ceil": unary(aten.ceil.default),
+        "Ceil": rounded(aten.ceil.default),
         "Cos": unary(aten.cos.default),
         "Div": divide,
         "Erf": unary(aten.erf.default),
         "Exp": unary(aten.exp.default),
-        "Floor": unary(aten.floor.default),
+        "Floor": rounded(aten.floor.default),
         "Identity": keep,
         "IsInf": is_infinite,
         "IsNaN": unary(aten.isnan.default),
@@ -372,7 +387,7 @@ TABLE: Table = MappingProxyType(
         "Or": lambda g, op: g.call(aten.logical_or.default, op[0], op[1]),
         "Pow": power,
         "Reciprocal": unary(aten.reciprocal.default),
-        "Round": unary(aten.round.default),
+        "Round": rounded(aten.round.default),
         "Sign": unary(aten.sign.default),
         "Sin": unary(aten.sin.default),
         "Sqrt": unary(aten.sqrt.default),

@@ -26,7 +26,10 @@ _RANGES = {
 def dequantize(g: Builder, op: Op) -> Result:
     """``(x - zero_point) scale``, per tensor, per axis or per block of an axis."""
     value, scale, zero = op[0], op[1], op.optional(2)
-    axis, block = g.axis(value, op.attribute("axis", 1)), op.attribute("block_size", 0)
+    block = op.attribute("block_size", 0)
+    # The axis says nothing where there is one scale for all.
+    one = not block and g.product(g.shape(scale)) == 1
+    axis = 0 if one else g.axis(value, op.attribute("axis", 1))
     wanted = op.attribute("output_dtype", 0)
     dtype = dtype_of(wanted, op.label) if wanted else g.dtype(scale)
     if isinstance(value, Constant) and isinstance(scale, Constant) and dtype == g.dtype(scale):
