@@ -211,7 +211,7 @@ class Call(Pattern):
     named: tuple[tuple[str, Pattern], ...]
     open: bool
 
-    def __init__(self, target: Any, *operands: Any, **named: Any) -> None:
+    def __init__(self, target: Any, /, *operands: Any, **named: Any) -> None:
         """`target` is an operator or a tuple of them; ``...`` as the last operand opens."""
         opened = bool(operands) and isinstance(operands[-1], EllipsisType)
         kept = operands[:-1] if opened else operands
