@@ -47,7 +47,8 @@ class Graph:
         self.signature = signature
         self.origin = origin or Origin()
         self.source = source
-        self._plan: Mapping[str, Format] = {}
+        # What weights are to be stored in is a wish: no value depends on it, so it is no edit.
+        self.plan: Mapping[str, Format] = {}
         self._edits = 0
         self._stream: tuple[int, Stream] | None = None
         self._last_edit: Edit | None = None
@@ -66,17 +67,6 @@ class Graph:
     def last_edit(self) -> Edit | None:
         """What was done last, where and by whom; None before the first edit."""
         return self._last_edit
-
-    @property
-    def plan(self) -> Mapping[str, Format]:
-        """The format that each weight is to be stored in, by name; setting it is an edit."""
-        return self._plan
-
-    @plan.setter
-    def plan(self, plan: Mapping[str, Format]) -> None:
-        if plan != self._plan:
-            self._plan = plan
-            self._touch("plan")
 
     @property
     def module(self) -> fx.GraphModule:
@@ -389,7 +379,7 @@ class Graph:
             set_tensor(root, str(node.target), self._tensor(str(node.target)))
         module = fx.GraphModule(root, twin)
         graph = Graph(module, self.signature, origin=self.origin, source=self.source)
-        graph._plan = self._plan
+        graph.plan = self.plan
         graph._fake_mode = self._fake_mode
         graph._edits = self._edits
         return graph
@@ -399,7 +389,7 @@ class Graph:
         twin = saved.copy()
         self._module = twin._module
         self.signature, self.origin, self.source = twin.signature, twin.origin, twin.source
-        self._plan = twin._plan
+        self.plan = twin.plan
         self._touch("restore")
 
     def __str__(self) -> str:
