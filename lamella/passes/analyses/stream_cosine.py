@@ -32,10 +32,14 @@ class MeanCosineOfSum(Reducer):
 
 
 def block_requests(graph: Graph) -> dict[str, Request]:
-    """For every block by name, the mean cosine of its entry and its exit."""
+    """For every block by name, the mean cosine of its entry and its exit.
+
+    A block behind which the stream has another shape has none.
+    """
     return {
         block.name: _request(MeanCosine(), block.entry, block.exit, block.nodes)
         for block in graph.blocks
+        if block.droppable
     }
 
 
@@ -45,7 +49,7 @@ def sublayer_requests(graph: Graph) -> dict[str, Request]:
     Branches that run in parallel and join the stream together have one exit: the stream after
     one of them alone is ``entry + branch``.
     """
-    branches = graph.stream.sublayers
+    branches = [branch for branch in graph.stream.sublayers if branch.droppable]
     exits = Counter(branch.exit for branch in branches)
     return {
         branch.name: _request(MeanCosine(), branch.entry, branch.exit, branch.nodes)
