@@ -161,7 +161,9 @@ def _factors(graph: Graph, importance: Mapping[str, float], level: Level) -> dic
     spread = max(importance.values(), default=0.0) - low or 1.0
     factors: dict[str, float] = {}
     for part in parts_of(graph, level):
-        scaled = _FLOOR + (1 - _FLOOR) * (importance[part.name] - low) / spread
+        # A part that can't be dropped has no score: nothing is more important.
+        scored = importance.get(part.name, low + spread)
+        scaled = _FLOOR + (1 - _FLOOR) * (scored - low) / spread
         for weight in weights_of(part):
             name = str(weight.target)
             factors[name] = max(factors.get(name, 0.0), scaled)
