@@ -1,0 +1,183 @@
+"""The command line: what it prints, what it writes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lamella
+from lamella.cli import console, main
+from tests.tiny import TEXTS, save_encoder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture
+def lamella_cli(monkeypatch, capsys):
+    """``status, out, err = lamella_cli("compile", …)``, without a new process."""
+    # The settings and the handler for warnings are those of a process.
+    monkeypatch.setattr(console, "show_warnings", lambda: None)
+    monkeypatch.setattr("lamella.cli.app.show_warnings", lambda: None)
+    monkeypatch.setattr(console.out, "_width", 200)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lamella", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        text = capsys.readouterr()
+        return int(ended.value.code or 0), text.out, text.err
+
+    return run
+
+
+def test_help_is_there_without_importing_torch():
+    code = (
+        "import sys; sys.argv = ['lamella', '--help']\n"
+        "from lamella.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'onnxruntime', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("compile", "inspect", "passes", "bench", "bisect"):
+        assert command in done.stdout
+
+
+def test_version(lamella_cli):
+    assert lamella_cli("--version") == (0, f"lamella {lamella.__version__}\n", "")
+
+
+def test_unknown_commands_and_options_get_the_closest_name(lamella_cli):
+    status, _, err = lamella_cli("compil")
+    assert status == 2
+    assert "compile" in err
+    status, _, err = lamella_cli("inspect", "x", "--grap")
+    assert status == 2
+    assert "--graph" in err
+
+
+def test_compile_writes_an_artifact_and_prints_the_report(lamella_cli, encoder, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\npasses:\n  - quantize-weights: {bits: 8, min_size: 1}\n")
+    options = ("--recipe", recipe, "--samples", texts, "--backend", "eager")
+    status, out, err = lamella_cli("compile", encoder, *options, "--out", tmp_path / "out")
+    assert (status, err) == (0, "")
+    assert "quantize-weights" in out
+    assert lamella.load(tmp_path / "out").report.samples > 0
+
+    status, out, _ = lamella_cli("compile", encoder, *options, "-o", tmp_path / "out", "--json")
+    assert status == 0
+    assert json.loads(out)["files"]["model.safetensors"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pass", "quantise-weights"], "did you mean 'quantize-weights'"),
+        (["--pass", "quantize-weights bit=4"], "did you mean 'bits'"),
+        (["--backend", "egaer"], "did you mean 'eager'"),
+        (["--samples", "nowhere.txt"], "there is no file or folder of samples"),
+        (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_input_is_one_red_line_and_status_2(lamella_cli, encoder, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    status, stdout, err = lamella_cli("compile", encoder, "--out", out, *arguments)
+    assert (status, stdout) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_there_is_one_line(lamella_cli, tmp_path):
+    status, _, err = lamella_cli("compile", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert status == 2
+    assert "there is no file or folder" in err
+    status, _, err = lamella_cli("bench", tmp_path / "nowhere")
+    assert status == 2
+    assert "no saved executable" in err
+
+
+def test_debug_shows_the_traceback(lamella_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(console.settings, "debug", False)
+    status, _, err = lamella_cli("--debug", "bench", tmp_path / "nowhere")
+    assert status == 2
+    assert "Traceback" in err
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(lamella_cli, encoder, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lamella.backends.torch.portable.Portable.write", interrupted)
+    out = tmp_path / "out"
+    status, _, err = lamella_cli("compile", encoder, "--out", out, "--backend", "eager")
+    assert status == 130
+    assert "interrupted" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_is_said_to_be_one(lamella_cli, encoder, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("lamella.api.run_passes", broken)
+    status, _, err = lamella_cli("compile", encoder, "--out", tmp_path / "out", "-b", "eager")
+    assert status == 1
+    assert "internal error: oops" in err
+
+
+def test_inspect_shows_blocks_operators_and_cost(lamella_cli, encoder):
+    status, out, err = lamella_cli("inspect", encoder)
+    assert (status, err) == (0, "")
+    assert "encoder.layer.1" in out
+    assert "attention + mlp" in out
+    assert "aten.linear.default" in out
+
+    _, out, _ = lamella_cli("inspect", encoder, "--json", "--batch", "2", "--sequence", "16")
+    data = json.loads(out)
+    assert len(data["blocks"]) == 2
+    assert data["total"]["flops"] > 0
+
+    _, out, _ = lamella_cli("inspect", encoder, "--graph")
+    assert "layer_norm" in out
+
+
+def test_passes_are_listed_with_options(lamella_cli):
+    _, out, _ = lamella_cli("passes")
+    assert "quantize-weights" in out
+    assert "bits=" in out
+    _, out, _ = lamella_cli("passes", "--json")
+    names = {entry["name"] for entry in json.loads(out)["passes"]}
+    assert {"fold-norms", "drop-blocks", "allocate-bits", "cost"} <= names
+
+
+def test_bench_compares_artifacts_with_the_original(lamella_cli, encoder, tmp_path):
+    lamella.compile(encoder, passes=[], backend="eager").save(tmp_path / "out")
+    arguments = ("bench", tmp_path / "out", "--model", encoder, "--rounds", "2", "--sequence", "8")
+    status, out, err = lamella_cli(*arguments)
+    assert (status, err) == (0, "")
+    assert "(original)" in out
+    _, out, _ = lamella_cli(*arguments, "--json")
+    assert len(json.loads(out)) == 2
+
+
+def test_bisect_names_the_pass(lamella_cli, encoder):
+    passes = ("--pass", "quantize-weights bits=2 min_size=1")
+    status, out, _ = lamella_cli("bisect", encoder, *passes, "--max-loss", "1e-9")
+    assert status == 0
+    assert "quantize-weights bits=2" in out
+    status, out, _ = lamella_cli("bisect", encoder, *passes, "--max-loss", "10", "--json")
+    assert json.loads(out)["spelling"] is None
