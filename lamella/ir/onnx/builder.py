@@ -281,7 +281,7 @@ class Builder:
             return None
         args, kwargs = tree_map(_data, (args, kwargs))
         with torch.no_grad():
-            result: Tensor = target(*args, **kwargs)
+            result: Any = target(*args, **kwargs)
         if not isinstance(result, Tensor):
             return None
         return Constant(result, inputs[0].name if inputs else "constant")

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from lamella.ir.onnx.builder import Builder
-from lamella.ir.onnx.values import Constant, Op, Result, Table, Value
+from lamella.ir.onnx.values import Constant, Integer, Op, Result, Table, Value
 
 aten = torch.ops.aten
 lam = torch.ops.lamella
@@ -120,7 +120,7 @@ def _capped(
     return g.call(aten.matmul.default, g.call(aten.softmax.int, scores, -1), value)
 
 
-def split_heads(g: Builder, value: Value, heads: int) -> Any:
+def split_heads(g: Builder, value: Value, heads: Integer) -> Any:
     """``[batch, sequence, heads * width]`` as ``[batch, heads, sequence, width]``."""
     batch, sequence, features = g.shape(value)
     width = g.integer(operator.floordiv, features, heads)
@@ -201,12 +201,13 @@ def _table(g: Builder, table: Value, positions: Value | None, interleaved: bool)
 def _counts(g: Builder, positions: Value, table: Value) -> bool:
     """Whether positions are ``0, 1, ...`` up to the length of the table, for every sample."""
     rows = g.shape(table)[0]
-    if isinstance(positions, Node) and positions.target is aten.expand.default:
-        positions = positions.args[0]
-    if not isinstance(positions, Node) or positions.target is not aten.arange.start_step:
+    counted: Any = positions
+    if isinstance(counted, Node) and counted.target is aten.expand.default:
+        counted = counted.args[0]
+    if not isinstance(counted, Node) or counted.target is not aten.arange.start_step:
         return False
-    start, end, step = positions.args
-    return start == 0 and step == 1 and isinstance(end, int | Node) and g.same(end, rows)
+    start, end, step = counted.args
+    return (start, step) == (0, 1) and isinstance(end, int | Node) and g.same(end, rows)
 
 
 TABLE: Table = MappingProxyType({"Attention": attention, "RotaryEmbedding": rotary})

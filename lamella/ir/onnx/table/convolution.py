@@ -121,10 +121,10 @@ def transposed_convolution(g: Builder, op: Op) -> Result:
     count = g.rank(weight) - 2
     op.need(count in _TRANSPOSED, f"a kernel of {count} axes")
     kernel = [g.static(weight, axis) or 0 for axis in range(2, count + 2)]
-    ones = (1,) * count
-    strides = list(op.attribute("strides") or ones)
-    dilations = list(op.attribute("dilations") or ones)
-    extra = list(op.attribute("output_padding") or (0,) * count)
+    ones = [1] * count
+    strides: list[int] = list(op.attribute("strides") or ones)
+    dilations: list[int] = list(op.attribute("dilations") or ones)
+    extra: list[int] = list(op.attribute("output_padding") or (0,) * count)
     pads = _output_pads(g, op, (kernel, strides, dilations, extra))
     even = all(before == after for before, after in pads)
     own = [before for before, _ in pads] if even else [0] * count

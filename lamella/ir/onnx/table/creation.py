@@ -35,9 +35,9 @@ def constant_of_shape(g: Builder, op: Op) -> Result:
     fill = Constant(torch.zeros(1)) if given is None else given
     sizes = list(g.integers(op[0]))
     dtype = fill.tensor.dtype
-    whole = all(isinstance(item, int) for item in sizes)
-    if whole and len(sizes) == 1 and sizes[0] <= _LISTED and not dtype.is_floating_point:
-        return Constant(torch.full(sizes, fill.tensor.item(), dtype=dtype))
+    count = sizes[0] if len(sizes) == 1 else None
+    if isinstance(count, int) and count <= _LISTED and not dtype.is_floating_point:
+        return Constant(torch.full((count,), fill.tensor.item(), dtype=dtype))
     return g.call(aten.full.default, sizes, fill.tensor.item(), dtype=dtype)
 
 

@@ -187,8 +187,8 @@ def power(g: Builder, op: Op) -> Result:
     """A power; the result has the type of the base."""
     base, exponent = op[0], op[1]
     number = g.number(exponent)
-    if g.is_constant(exponent) and number is not None and g.rank(exponent) <= g.rank(base):
-        whole = int(number) if float(number).is_integer() else float(number)
+    if isinstance(number, int | float) and g.rank(exponent) <= g.rank(base):
+        whole = int(number) if float(number).is_integer() else number
         made = g.call(aten.pow.Tensor_Scalar, base, whole)
     elif isinstance(exponent, Node) and as_scalar(g, base, exponent) is not None:
         made = g.call(aten.pow.Scalar, g.number(base), exponent)

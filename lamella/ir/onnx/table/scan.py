@@ -98,5 +98,5 @@ def _matches(value: ir.Value | None, pattern: Pattern, bound: dict[str, ir.Value
 def _is_zero(g: Builder, value: Value | None) -> bool:
     """Whether a state is filled with zeros."""
     if isinstance(value, torch.fx.Node):
-        return value.target is torch.ops.aten.full.default and value.args[1] == 0
+        return value.target is torch.ops.aten.full.default and value.args[1] in (0, 0.0)
     return value is not None and not bool(g.constant(value).tensor.any())

@@ -17,6 +17,7 @@ from lamella.ir.onnx.values import Constant, Integer, Integers, Op, Result, Tabl
 aten = torch.ops.aten
 
 _FOREVER = 2**63 - 1
+_LISTED = 64
 
 
 # ---- shapes as values -----------------------------------------------------------------------
@@ -132,12 +133,12 @@ def _broadcast(g: Builder, old: Integer, new: Integer) -> Integer:
 
 def tile(g: Builder, op: Op) -> Result:
     """A tensor repeated along its axes."""
-    repeats = g.integers(op[1])
+    value, repeats = op[0], g.integers(op[1])
     if all(item == 1 for item in repeats):
-        return op[0]
-    if isinstance(op[0], Integers) and isinstance(repeats[0], int) and repeats[0] <= 64:
-        return Integers(op[0].items * repeats[0], dtype=op[0].dtype)
-    return g.call(aten.repeat.default, op[0], list(repeats))
+        return value
+    if isinstance(value, Integers) and isinstance(repeats[0], int) and repeats[0] <= _LISTED:
+        return Integers(value.items * repeats[0], dtype=value.dtype)
+    return g.call(aten.repeat.default, value, list(repeats))
 
 
 # ---- order ----------------------------------------------------------------------------------
@@ -174,8 +175,8 @@ def slice_(g: Builder, op: Op) -> Result:
     steps = [1] * len(starts) if op.optional(4) is None else g.numbers(op[4])
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if isinstance(value, Integers):
-            numbers = g.numbers(Integers((start, end)))
-            value = Integers(value.items[_python_slice(*numbers, step)], dtype=value.dtype)
+            first, last = g.numbers(Integers((start, end)))
+            value = Integers(value.items[_python_slice(first, last, step)], dtype=value.dtype)
         else:
             value = _sliced(g, op, value, (g.axis(value, axis), start, end, step))
     return value
@@ -198,8 +199,8 @@ def _sliced(g: Builder, op: Op, value: Value, what: tuple[int, Integer, Integer,
     if whole and isinstance(end, int) and end <= -(2**31) and step == -1:
         return g.call(aten.flip.default, value, [axis])
     op.need(length is not None, "a negative step along a dynamic axis")
-    numbers = g.numbers(Integers((start, end)))
-    places = list(range(length or 0))[_python_slice(*numbers, step)]
+    first, last = g.numbers(Integers((start, end)))
+    places = list(range(length or 0))[_python_slice(first, last, step)]
     return g.call(aten.index_select.default, value, axis, Constant(torch.tensor(places)))
 
 
@@ -251,10 +252,9 @@ def pad(g: Builder, op: Op) -> Result:
         before[axis], after[axis] = pads[place], pads[place + len(axes)]
     fill = 0 if op.optional(2) is None else g.number(op[2])
     op.need(fill is not None, "a fill value that depends on the inputs")
-    mode = {"edge": "replicate", "wrap": "circular"}.get(
-        op.attribute("mode", "constant"), op.attribute("mode", "constant")
-    )
-    return padded(g, value, list(zip(before, after, strict=True)), mode, fill)
+    mode = op.attribute("mode", "constant")
+    aten_mode = {"edge": "replicate", "wrap": "circular"}.get(mode, str(mode))
+    return padded(g, value, list(zip(before, after, strict=True)), aten_mode, fill)
 
 
 def padded(
