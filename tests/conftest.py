@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from lamella.ir.capture import capture_module
 from lamella.ir.graph import Graph
+from lamella.rewrite.canonicalize import canonicalize
 from tests.zoo.families import EXTRA, FAMILIES, Family
 
-try:  # the first version of canonicalize is on its way
-    from lamella.rewrite.canonicalize import canonicalize
-except ImportError:
-    canonicalize = None
+# The same examples in every run, and none that fails because the machine is busy.
+settings.register_profile(
+    "lamella", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("lamella")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -47,8 +50,7 @@ def _raw(name: str) -> Graph:
 @functools.cache
 def _canonical(name: str) -> Graph:
     graph = _raw(name).copy()
-    if canonicalize is not None:
-        canonicalize(graph)
+    canonicalize(graph)
     return graph
 
 

@@ -53,7 +53,7 @@ class FailAfter(Transform):
         raise KeyError("planted")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 5), st.integers(1, 24), st.data())
 def test_the_edit_is_found_in_logarithmic_time(count: int, edits: int, data: st.DataObject):
     place, bad = data.draw(st.integers(0, count - 1)), data.draw(st.integers(1, edits))

@@ -125,8 +125,8 @@ def test_the_digest_covers_names_dtypes_shapes_and_bytes():
     assert len(digests | {base.digest}) == len(others) + 1
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=2))
+@settings(max_examples=30)
+@given(st.lists(st.integers(-100, 100).map(float), min_size=2))
 def test_the_digest_is_that_of_the_values_not_of_the_memory(values: list[float]):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x = torch.tensor(values, dtype=dtype)

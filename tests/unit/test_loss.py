@@ -24,7 +24,7 @@ values = st.floats(-8, 8, width=32)
 rows = st.lists(st.tuples(values, values), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows)
 def test_kl_divergence_is_its_definition(pairs: list[tuple[float, float]]):
     was, now = torch.tensor(pairs).T.unsqueeze(1)
@@ -38,7 +38,7 @@ def test_kl_divergence_is_its_definition(pairs: list[tuple[float, float]]):
     assert float(kl_divergence(was, was)) == 0.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows)
 def test_cosine_distance_is_its_definition(pairs: list[tuple[float, float]]):
     was, now = torch.tensor(pairs, dtype=torch.float64).T.unsqueeze(1)

@@ -105,7 +105,7 @@ EVERYTHING = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(EVERYTHING)
 def test_the_three_spellings_are_equal(one: Everything):
     assert parse_pass(one.spelling, plugins=False) == one
@@ -158,7 +158,7 @@ def built(kind: type[Transform], values: dict[str, Any]) -> Transform | None:
 def test_registered_passes_spell_themselves(kind: type[Transform], monkeypatch):
     monkeypatch.setattr(recipe, "known_passes", lambda plugins=True: {kind.name: kind})
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(strategy_of(kind))
     def check(one: Transform | None) -> None:
         if one is not None:

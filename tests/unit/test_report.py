@@ -64,14 +64,14 @@ reports = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(reports)
 def test_json_round_trip_is_exact(report: Report):
     text = json.dumps(report.to_json(), allow_nan=False)
     assert Report.from_json(json.loads(text)) == report
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(reports)
 def test_every_report_can_be_rendered(report: Report):
     assert str(report)
