@@ -126,6 +126,23 @@ def clamp_is_relu(graph: Graph, found: Match) -> Node:
     return graph.call(aten.relu.default, found["x"], before=found.root, like=found.root)
 
 
+_WITH_SCALAR: dict[Any, Any] = {
+    aten.__and__.Scalar: aten.bitwise_and.Tensor,
+    aten.bitwise_and.Scalar: aten.bitwise_and.Tensor,
+    aten.__or__.Scalar: aten.bitwise_or.Tensor,
+    aten.bitwise_or.Scalar: aten.bitwise_or.Tensor,
+}
+
+
+@rule(Call(tuple(_WITH_SCALAR), Var("x"), Var("value")))
+def bits_of_number(graph: Graph, found: Match) -> Node:
+    """``x & 3 -> bitwise_and(x, full([], 3))``, and so for ``|``."""
+    root = found.root
+    mask = graph.call(aten.full.default, [], found["value"], dtype=dtype_of(root), before=root)
+    target = _WITH_SCALAR[root.target]
+    return graph.call(target, found["x"], mask, before=root, like=root)
+
+
 _LOGIC: dict[Any, Any] = {
     aten.__and__.Tensor: (aten.logical_and.default, aten.bitwise_and.Tensor),
     aten.bitwise_and.Tensor: (aten.logical_and.default, aten.bitwise_and.Tensor),
@@ -192,6 +209,7 @@ ARITHMETIC: tuple[Rule, ...] = (
     power_of_number,
     bound_is_clamp,
     clamp_is_relu,
+    bits_of_number,
     logic_of_booleans,
     addcmul_is_sum,
     lerp_is_sum,

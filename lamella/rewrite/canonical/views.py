@@ -225,11 +225,36 @@ def chunk_is_split_with_sizes(graph: Graph, found: Match) -> Node | Skip:
     if len(sizes) == 1:
         return x
     if not is_static(sizes):
-        return Skip(f"the parts of {whole.name} have no fixed size")
+        return _part_as_slice(graph, found, axis)
     if whole.target is aten.split_with_sizes.default and whole.args == (x, sizes, axis):
         return Skip("the sizes are written out")
     parts = graph.call(aten.split_with_sizes.default, x, sizes, axis, before=whole, like=whole)
     return graph.call(operator.getitem, parts, found["index"], before=root, like=root)
+
+
+def _part_as_slice(graph: Graph, found: Match, axis: int) -> Node | Skip:
+    """A part of an axis of symbolic size."""
+    root, whole, x, index = found.root, found.nodes[1], found["x"], found["index"]
+    length: Any
+    if whole.target in (aten.split.Tensor, aten.unsafe_split.Tensor):
+        length = graph.operand(whole, "split_size")
+    elif whole.target in (aten.chunk.default, aten.unsafe_chunk.default):
+        # The length of a chunk is the size by the number of chunks, rounded up.
+        count = graph.operand(whole, "chunks")
+        size = size_argument(graph, x, axis, root)
+        more = graph.call(operator.add, size, count - 1, before=root)
+        length = graph.call(operator.floordiv, more, count, before=root)
+    else:
+        return Skip(f"the parts of {whole.name} have no fixed size")
+    start = _times(graph, length, index, root)
+    stop = LAST if index == len(whole.meta["val"]) - 1 else _times(graph, length, index + 1, root)
+    return graph.call(aten.slice.Tensor, x, axis, start, stop, before=root, like=root)
+
+
+def _times(graph: Graph, length: int | Node, count: int, before: Node) -> int | Node:
+    if isinstance(length, int) or count == 0:
+        return 0 if count == 0 else int(length) * count  # pyright: ignore[reportArgumentType]
+    return length if count == 1 else graph.call(operator.mul, length, count, before=before)
 
 
 @rule(Call(operator.getitem, Call(aten.unbind.int, Var("x"), ...), Var("index")))
