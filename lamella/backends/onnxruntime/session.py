@@ -56,7 +56,7 @@ class Session:
         except _refusals(ort) as error:
             raise BackendError(
                 f"onnxruntime {ort.__version__} refuses the model {str(path)!r}: "
-                f"{_first_line(error)}"
+                f"{_told(error)}"
             ) from error
         self.provider = self._session.get_providers()[0]
         if self.provider != provider:
@@ -85,7 +85,7 @@ class Session:
         except _refusals(self._ort) as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
             raise BackendError(
-                f"onnxruntime failed on inputs of shape {shapes}: {_first_line(error)}"
+                f"onnxruntime failed on inputs of shape {shapes}: {_told(error)}"
             ) from error
         return [self._tensor(name, v) for name, v in zip(names, results, strict=True)]
 
@@ -137,11 +137,24 @@ def _refusals(ort: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(state, name) for name in names if hasattr(state, name))
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _plain(tensor: Tensor) -> Any:
     """The tensor as DLPack can hand it over: without gradient, contiguous, in main memory."""
-    return tensor.detach().to("cpu").contiguous()
+    plain = tensor.detach().to("cpu").contiguous()
+    return _Booleans(plain) if plain.dtype == torch.bool else plain
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:500] if text else type(error).__name__
+class _Booleans:
+    """Booleans as ONNX Runtime takes them: it looks at the dtype, and wants bytes."""
+
+    dtype = torch.bool
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._bytes = tensor.view(torch.uint8)
+
+    def __dlpack__(self) -> Any:
+        return self._bytes.__dlpack__()
+
+
+def _told(error: Exception) -> str:
+    """What ONNX Runtime says, as one line."""
+    return " ".join(str(error).split())[:1000] or type(error).__name__
