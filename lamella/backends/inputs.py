@@ -104,7 +104,8 @@ def _spec(name: str, value: Any) -> InputSpec:
     if not isinstance(value, Tensor):
         return InputSpec(name, "", ())
     sizes: tuple[Any, ...] = tuple(value.shape)
-    shape = tuple(size if isinstance(size, int) else str(size) for size in sizes)
+    # A symbol that turned out to be a number prints as one.
+    shape = tuple(int(size) if str(size).isdigit() else str(size) for size in sizes)
     return InputSpec(name, str(value.dtype).removeprefix("torch."), shape)
 
 
