@@ -258,7 +258,7 @@ def test_statistics_of_a_segment_are_given_when_it_is_done(captured: Captured, p
 def test_bad_requests_say_what_is_wrong(captured: Captured, padded: Batches):
     graph = captured("llama")
     name = linear_input(graph, 0)
-    with pytest.raises(GraphError, match="no node called.*did you mean"):
+    with pytest.raises(GraphError, match=r"no node called.*did you mean"):
         run_requests(graph, padded, [Request.of(Mean(), name + "x")])
     with pytest.raises(GraphError, match="is not an activation"):
         run_requests(graph, padded, [Request.of(Mean(), graph.weight_nodes()[0])])

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
@@ -16,6 +15,7 @@ from lamella.errors import GraphError
 from lamella.ir.graph import Graph
 from lamella.ir.reducers import divergence
 from lamella.ir.runner import token_mask
+from lamella.passes.loss import comparisons
 
 _ROWS = 512
 
@@ -65,17 +65,19 @@ class LossTarget:
 
 
 def loss_target(graph: Graph) -> LossTarget:
-    """The first output called logits, or else the first output of floating point with axes.
+    """The first output that is compared as a distribution, or else the first vector.
 
     Raises:
-        GraphError: There is none.
+        GraphError: There is neither.
     """
-    named = list(zip(graph.signature.outputs, graph.outputs, strict=True))
-    floats = [(name, node) for name, node in named if _is_floating(node)]
-    if not floats:
-        raise GraphError("the model has no output of floating point to measure a loss on")
-    logits = [node for name, node in floats if name.split(".")[-1].startswith("logits")]
-    node = logits[0] if logits else floats[0][1]
+    nodes = dict(zip(graph.signature.outputs, graph.outputs, strict=True))
+    compared = [one for one in comparisons(graph) if one.measure != "relative"]
+    if not compared:
+        raise GraphError(
+            f"no output of {', '.join(nodes)} is a distribution or a vector to measure a loss on"
+        )
+    logits = [one for one in compared if one.measure == "kl"]
+    node = nodes[(logits or compared)[0].name]
     return LossTarget(node, "logits" if logits else "embedding", token_mask(graph, node))
 
 
@@ -87,8 +89,3 @@ def first_sequences(samples: Samples, count: int) -> Samples:
         if taken >= count:
             return samples.take(batches)
     return samples
-
-
-def _is_floating(node: Any) -> bool:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2
