@@ -244,6 +244,13 @@ class Builder:
             return isinstance(first, int) and isinstance(second, int) and first == second
         return first is second or first.meta["val"].node.expr == second.meta["val"].node.expr
 
+    def equal(self, first: Integer, second: Integer) -> bool:
+        """Whether two integers are equal; a symbolic one that is, by its example, is fixed."""
+        one, other = (
+            item.meta["val"] if isinstance(item, Node) else item for item in (first, second)
+        )
+        return self.same(first, second) or bool(one == other)
+
     def _size(self, value: Node, axis: int, size: int | torch.SymInt) -> Integer:
         known = self._known(size)
         if known is not None:

@@ -33,7 +33,7 @@ def resize(g: Builder, op: Op) -> Result:
     for place, axis in enumerate(axes):
         target[axis] = sizes[place]
         factors[axis] = scales[place] if scales else 0.0
-    planar = all(g.same(a, b) for a, b in zip(g.shape(value)[:2], target[:2], strict=True))
+    planar = all(g.equal(a, b) for a, b in zip(g.shape(value)[:2], target[:2], strict=True))
     if g.rank(value) == 4 and planar and _is_pytorch_mode(op, target[2:], factors[2:]):
         return _by_pytorch(g, op, value, (target[2:], factors[2:]))
     op.need(op.attribute("mode", "nearest") == "nearest", _describe(op))
@@ -123,7 +123,7 @@ def _nearest(g: Builder, op: Op, value: Value, target: tuple[list[Integer], list
     op.need(how in _COORDINATES and rounding in _ROUND, _describe(op))
     for axis, (new, factor) in enumerate(zip(*target, strict=True)):
         old = g.shape(value)[axis]
-        if g.same(old, new):
+        if g.equal(old, new):
             continue
         if not isinstance(old, int) or not isinstance(new, int):
             op.need(False, f"{_describe(op)} along a dynamic axis")
