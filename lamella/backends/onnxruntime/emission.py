@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lamella.backends.onnxruntime.extents import extent_of
+from lamella.backends.onnxruntime.extents import extent_of, is_fixed
 from lamella.backends.onnxruntime.types import onnx_type
 from lamella.errors import BackendError
 from lamella.ir import ops
@@ -222,7 +222,7 @@ class Emission:
     def extent(self, size: Any) -> ir.Value:
         """An integer of the graph or a number, as a vector with one entry."""
         held = size.meta["val"] if isinstance(size, Node) else size
-        if not isinstance(held, torch.SymInt):
+        if is_fixed(held):
             return self.ints(int(held))
         key = str(held)
         if key not in self._extents:
@@ -238,7 +238,7 @@ class Emission:
     def scalar(self, size: Any) -> ir.Value:
         """An integer of the graph or a number, as an int64 without axes."""
         held = size.meta["val"] if isinstance(size, Node) else size
-        if not isinstance(held, torch.SymInt):
+        if is_fixed(held):
             return self.const(np.array(int(held), np.int64))
         key = ("scalar", str(held))
         if key not in self._extents:
@@ -248,12 +248,12 @@ class Emission:
     def dims(self, sizes: Sequence[Any]) -> ir.Value:
         """Some sizes as one vector of int64; a constant if all are numbers."""
         held = [size.meta["val"] if isinstance(size, Node) else size for size in sizes]
-        if not any(isinstance(size, torch.SymInt) for size in held):
+        if all(map(is_fixed, held)):
             return self.ints(*map(int, held))
         parts: list[ir.Value] = []
         run: list[int] = []
         for size, value in zip(sizes, held, strict=True):
-            if not isinstance(value, torch.SymInt):
+            if is_fixed(value):
                 run.append(int(value))
                 continue
             if run:

@@ -36,8 +36,8 @@ def same_size(left: Any, right: Any) -> bool:
 
 
 def is_fixed(size: Any) -> bool:
-    """Whether a size is a number."""
-    return not isinstance(size, torch.SymInt)
+    """Whether a size is a number; a symbol that turned out to be one counts."""
+    return not isinstance(size, torch.SymInt) or str(size).lstrip("-").isdigit()
 
 
 def extent_of(emission: Emission, node: Node) -> ir.Value:

@@ -47,6 +47,7 @@ def save_model(model: ir.Model, folder: Path) -> None:
 
     Raises:
         OSError: The disk is full, or the folder can't be written.
+        GraphError: A weight has no data.
     """
     size = weight_bytes(model)
     check_space(folder, size + _SPARE_BYTES)
@@ -63,6 +64,15 @@ def save_model(model: ir.Model, folder: Path) -> None:
     except OSError as error:
         error.add_note(f"while writing {size:,} bytes of weights to {str(folder)!r}")
         raise
+    except ir.serde.SerdeError as error:
+        # What went wrong in reading a weight says more than where in the file it was to go.
+        raise _root_of(error) from error
+
+
+def _root_of(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -55,8 +55,7 @@ class Session:
             self._session = ort.InferenceSession(str(path), options, providers=[provider])
         except _refusals(ort) as error:
             raise BackendError(
-                f"onnxruntime {ort.__version__} refuses the model {str(path)!r}: "
-                f"{_told(error)}"
+                f"onnxruntime {ort.__version__} refuses the model {str(path)!r}: {_told(error)}"
             ) from error
         self.provider = self._session.get_providers()[0]
         if self.provider != provider:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from lamella.backends.onnxruntime.emission import MICROSOFT, Call, Emission, Emitter, Options
 from lamella.backends.onnxruntime.emit import EMITTERS
+from lamella.backends.onnxruntime.extents import is_fixed
 from lamella.backends.onnxruntime.types import onnx_type
 from lamella.backends.onnxruntime.weights import place_weight
 from lamella.errors import BackendError, UnsupportedError
@@ -127,7 +127,7 @@ def _inputs(e: Emission) -> Iterator[ir.Value]:
         value = ir.Value(name=e.unique(name), type=_type(held), shape=_shape(held))
         e.values[node], e.scope = value, name
         for axis, size in enumerate(held.shape):
-            if isinstance(size, torch.SymInt) and str(size).isidentifier():
+            if str(size).isidentifier():
                 e.know_extent(size, e.op("Shape", value, start=axis, end=axis + 1))
         yield value
 
@@ -227,4 +227,4 @@ def _type(held: Tensor) -> ir.TensorType:
 
 
 def _shape(held: Tensor) -> ir.Shape:
-    return ir.Shape([str(size) if isinstance(size, torch.SymInt) else size for size in held.shape])
+    return ir.Shape([int(size) if is_fixed(size) else str(size) for size in held.shape])
