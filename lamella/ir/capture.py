@@ -23,6 +23,7 @@ from lamella.ir.signature import Signature
 from lamella.ir.torch_private import (
     FakeTensor,
     TreeSpec,
+    settled,
     tree_flatten,
     tree_flatten_with_path,
     tree_leaves,
@@ -80,6 +81,9 @@ def capture_program(program: ExportedProgram, *, origin: Origin | None = None) -
     traced = program.module(check_guards=False)
     _flatten_calls(traced.graph)
     module, aliases = _with_weights_only(traced)
+    for node in module.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = tree_map(settled, node.meta["val"])
     signature = Signature(_input_names(module), _output_names(out_spec), in_spec, out_spec)
     origin = origin or Origin(kind="exported-program")
     origin = dataclasses.replace(origin, aliases=aliases, constants=_constants(program))

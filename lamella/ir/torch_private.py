@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import SymInt
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import Source, detect_fake_mode
@@ -31,6 +32,7 @@ __all__ = [
     "TreeSpec",
     "detect_fake_mode",
     "enable_python_dispatcher",
+    "settled",
     "statically_known_true",
     "symbolic_mode",
     "symbolic_size",
@@ -70,3 +72,22 @@ def symbolic_size(mode: FakeTensorMode, name: str, example: int) -> int | SymInt
     source = _Named(name)
     symbol = env.create_symbol(example, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     return env.create_symintnode(symbol, hint=example, source=source)
+
+
+def settled(value: object) -> object:
+    """`value` with the sizes that its trace fixed as integers; a `SymInt` may hold just 8."""
+    if isinstance(value, SymInt):
+        return _settled_size(value)
+    if not isinstance(value, FakeTensor):
+        return value
+    sizes = [_settled_size(size) for size in value.shape]
+    if all(one is two for one, two in zip(sizes, value.shape, strict=True)):
+        return value
+    strides = [_settled_size(stride) for stride in value.stride()]
+    with value.fake_mode:
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+
+def _settled_size(size: int | SymInt) -> int | SymInt:
+    known = size.node.maybe_as_int() if isinstance(size, SymInt) else None
+    return size if known is None else known
