@@ -23,10 +23,10 @@ def save_encoder(folder: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=64,
-        hidden_size=64,
+        hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=128,
+        intermediate_size=256,
         max_position_embeddings=64,
     )
     _save(transformers.BertModel(config).eval(), folder)
@@ -38,8 +38,8 @@ def save_language_model(folder: Path, *, layers: int = 3, seed: int = 0) -> Path
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
