@@ -34,9 +34,9 @@ class Training:
     kv_heads: int = 4
     sequence: int = 256
     batch: int = 8
-    steps: int = 1500
+    steps: int = 800
     learning_rate: float = 2e-3
-    warmup: int = 100
+    warmup: int = 60
     weight_decay: float = 0.1
     threads: int = 2
     seed: int = 0
