@@ -50,6 +50,7 @@ class Graph:
         # What weights are to be stored in is a wish: no value depends on it, so it is no edit.
         self.plan: Mapping[str, Format] = {}
         self._edits = 0
+        self._compiled = 0
         self._stream: tuple[int, Stream] | None = None
         self._last_edit: Edit | None = None
         self._edit_limit: int | None = None
@@ -314,7 +315,7 @@ class Graph:
         if self._unregister_unread() and not removed:
             self._touch("finish")
         self._module.graph.lint()
-        self._module.recompile()
+        self._recompile()
         return removed
 
     def prune(self) -> int:
@@ -362,6 +363,8 @@ class Graph:
 
     def run(self, values: Iterable[Any]) -> tuple[Any, ...]:
         """Run on flat inputs and give the flat outputs; weights not in memory are streamed."""
+        if self._compiled != self._edits:
+            self._recompile()
         if all(self.is_loaded(node) for node in self.weight_nodes()):
             return tuple(self._module(*values))
         return tuple(Streaming(self._module, self.weight).run(*values))
@@ -381,7 +384,7 @@ class Graph:
         graph = Graph(module, self.signature, origin=self.origin, source=self.source)
         graph.plan = self.plan
         graph._fake_mode = self._fake_mode
-        graph._edits = self._edits
+        graph._edits = graph._compiled = self._edits
         return graph
 
     def restore(self, saved: Graph) -> None:
@@ -417,6 +420,11 @@ class Graph:
 
     def _fake(self, value: Tensor) -> Tensor:
         return fake_values.fake_of(value, self.fake_mode())
+
+    def _recompile(self) -> None:
+        # fx runs the code it generated last, whatever was edited since.
+        self._module.recompile()
+        self._compiled = self._edits
 
     def _touch(self, action: str, node: Node | None = None) -> None:
         self._edits += 1

@@ -54,28 +54,35 @@ class Signature:
             values, spec = tree_flatten((tuple(args), {}))
             if spec == self.in_spec or all(not isinstance(a, list | tuple | dict) for a in args):
                 return values
-        names = (*self.inputs[: len(args)], *kwargs)
-        unknown = [name for name in kwargs if name not in self._roots()]
-        missing = [name for name in self._roots() if name not in names]
-        if unknown:
-            hint = closest(unknown[0], self._roots())
-            raise SamplesError(
-                f"unknown input {', '.join(map(repr, unknown))}{hint} "
-                f"(the model was captured with {', '.join(self._roots())})"
-            )
-        if missing and len(args) < len(self._roots()):
-            raise SamplesError(
-                f"missing input {', '.join(map(repr, missing))}: pass every input the model "
-                f"was captured with ({', '.join(self._roots())})"
-            )
-        ordered = dict(zip(self._roots(), args, strict=False)) | dict(kwargs)
-        values, _ = tree_flatten([ordered.get(name) for name in self._roots()])
+        ordered = self._by_root(args, kwargs)
+        values, _ = tree_flatten([ordered[name] for name in self._roots()])
         if len(values) != len(self.inputs):
             raise SamplesError(
                 f"the inputs hold {len(values)} tensors, the model was captured with "
                 f"{len(self.inputs)}: {', '.join(self.inputs)}"
             )
         return values
+
+    def _by_root(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name; raises unless each is given exactly once."""
+        roots = self._roots()
+        captured = f"the model was captured with {', '.join(roots)}"
+        if len(args) > len(roots):
+            raise SamplesError(f"{len(args)} inputs by position are too many: {captured}")
+        unknown = [name for name in kwargs if name not in roots]
+        if unknown:
+            hint = closest(unknown[0], roots)
+            names = ", ".join(map(repr, unknown))
+            raise SamplesError(f"unknown input {names}{hint} ({captured})")
+        doubled = [name for name in roots[: len(args)] if name in kwargs]
+        if doubled:
+            names = ", ".join(map(repr, doubled))
+            raise SamplesError(f"input {names} is given by position and by name ({captured})")
+        missing = [name for name in roots[len(args) :] if name not in kwargs]
+        if missing:
+            names = ", ".join(map(repr, missing))
+            raise SamplesError(f"missing input {names}: pass every input that {captured}")
+        return dict(zip(roots, args, strict=False)) | dict(kwargs)
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The flat outputs in the type that the model returns."""
