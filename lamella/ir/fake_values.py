@@ -52,7 +52,10 @@ def value_of(node: Node, mode: FakeTensorMode) -> Any:
     # that of `reshape` loses known sizes.
     padding = node.target in (aten.pad.default, aten.constant_pad_nd.default)
     python = enable_python_dispatcher() if padding else contextlib.nullcontext()
-    with mode, torch.no_grad(), python:
+    # Operators ask whether sizes are equal. The answer for the sample must not become a fact: with
+    # a guard, two symbols would be one from here on, in every graph of this mode.
+    sizes = mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
+    with mode, torch.no_grad(), python, sizes:
         return node.target(*args, **kwargs)
 
 
