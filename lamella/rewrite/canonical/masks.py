@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from lamella.ir.graph import Graph
 from lamella.rewrite.canonical.extents import (
+    axis_of,
     dtype_of,
     is_tensor,
     same_extent,
@@ -110,6 +111,21 @@ def neutral_condition(graph: Graph, found: Match) -> Node | Skip:
     return graph.call(aten.expand.default, x, size, before=root, like=root)
 
 
+@rule(
+    Call(
+        aten.unsqueeze.default,
+        Call(aten.full.default, Var("size"), Var("value"), ...),
+        Var("dim"),
+    )
+)
+def unsqueeze_of_full(graph: Graph, found: Match) -> Node:
+    """``unsqueeze(full(size, value), dim) -> full(size with a 1, value)``."""
+    root, size = found.root, list(found["size"])
+    size.insert(axis_of(found["dim"], len(size) + 1), 1)
+    dtype = dtype_of(root)
+    return graph.call(aten.full.default, size, found["value"], dtype=dtype, before=root, like=root)
+
+
 @rule(Call(aten.expand.default, Call(aten.full.default, Var("size"), Var("value"), ...), ...))
 def expand_of_full(graph: Graph, found: Match) -> Node:
     """``expand(full(a, value), b) -> full(b, value)``."""
@@ -152,6 +168,7 @@ MASKS: tuple[Rule, ...] = (
     index_by_ranges,
     range_is_not_negative,
     neutral_condition,
+    unsqueeze_of_full,
     expand_of_full,
     attention_with_expanded_mask,
     attention_to_everything,
