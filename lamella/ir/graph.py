@@ -216,8 +216,8 @@ class Graph:
         (computing one with symbolic sizes takes milliseconds).
 
         Raises:
-            GraphError: Neither or both of `before` and `after` are given, or the operator
-                refuses its arguments.
+            GraphError: Neither or both of `before` and `after` are given.
+            RuntimeError: The operator refuses its arguments (or what else it raises then).
         """
         if (before is None) == (after is None):
             raise GraphError("place a new node with either before= or after=")

@@ -25,9 +25,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8, ``[..., ceil(n * bits / 8)]``; missing codes at the end are zero.
 
     Raises:
-        ValueError: `bits` is not one of `WIDTHS`.
+        ValueError: `bits` is not one of `WIDTHS`, or a code does not fit.
     """
     per_byte = _codes_per_byte(bits)
+    if codes.numel():
+        # A code that is too large would change its neighbors.
+        least, most = (int(bound) for bound in codes.aminmax())
+        if least < 0 or most >= 1 << bits:
+            raise ValueError(f"codes of {bits} bits lie in [0, {1 << bits}), got {least} to {most}")
     codes = codes.to(torch.uint8)
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
     lanes = padded.unflatten(-1, (-1, per_byte))
