@@ -231,6 +231,18 @@ class Emission:
             self._extents[key] = extent_of(self, size)
         return self._extents[key]
 
+    def size(self, node: Node, axis: int) -> ir.Value:
+        """One size of a tensor, as a vector with one entry; read where it is cheapest."""
+        held = node.meta["val"]
+        size = held.shape[axis]
+        if is_fixed(size):
+            return self.ints(int(size))
+        if str(size) not in self._extents:
+            place = axis % held.ndim
+            shape = self.op("Shape", self.tensor(node), start=place, end=place + 1)
+            self._extents[str(size)] = shape
+        return self._extents[str(size)]
+
     def know_extent(self, size: Any, value: ir.Value) -> None:
         """Remember where a symbolic size can be read (a vector with one entry)."""
         self._extents.setdefault(str(size), value)

@@ -63,10 +63,7 @@ def _full_mask(e: Emission, call: Call) -> ir.Value | None:
         return e.tensor(node, dtype)
     key = (node, f"full mask {lengths} {dtype}")
     if key not in e.views:
-        rank = query.ndim
-        rows = e.op("Shape", e.tensor(call["query"]), start=rank - 2, end=rank - 1)
-        columns = e.op("Shape", e.tensor(call["key"]), start=rank - 2, end=rank - 1)
-        shape = e.op("Concat", rows, columns, axis=0)
+        shape = e.op("Concat", e.size(call["query"], -2), e.size(call["key"], -2), axis=0)
         e.views[key] = e.op("Expand", e.tensor(node, dtype), shape)
     return e.views[key]
 
@@ -174,10 +171,9 @@ def _positions(e: Emission, call: Call) -> ir.Value:
     """``0, 1, ...`` for each sample: one row of the table per token."""
     key = (call["cos"], f"positions {call.out.shape[0]}")
     if key not in e.views:
-        x = e.tensor(call["input"])
-        length = e.op("Squeeze", e.op("Shape", x, start=2, end=3), e.ints(0))
+        length = e.op("Squeeze", e.size(call["input"], 2), e.ints(0))
         row = e.op("Range", e.scalar(0), length, e.scalar(1))
-        shape = e.op("Concat", e.op("Shape", x, start=0, end=1), e.ints(1), axis=0)
+        shape = e.op("Concat", e.size(call["input"], 0), e.ints(1), axis=0)
         e.views[key] = e.op("Expand", row, shape)
     return e.views[key]
 
@@ -258,11 +254,7 @@ def _bias(e: Emission, call: Call) -> ir.Value | None:
     if mask is not None:
         allowed = e.tensor(mask)
     elif call["is_causal"]:
-        rank = call.out.ndim
-        sizes = [
-            e.op("Shape", e.tensor(call[name]), start=rank - 2, end=rank - 1)
-            for name in ("query", "key")
-        ]
+        sizes = [e.size(call[name], -2) for name in ("query", "key")]
         ones = e.op("ConstantOfShape", e.op("Concat", *sizes, axis=0))
         ones = e.op("Add", ones, e.const(1.0))
         allowed = e.cast(e.op("Trilu", ones, upper=0), torch.float32, torch.bool)
