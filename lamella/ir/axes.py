@@ -36,7 +36,8 @@ def merged_batch(graph: Graph) -> Mapping[sympy.Symbol, sympy.Symbol]:
 
 def sizes_with(node: Node, merged: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[sympy.Expr, ...]:
     """The shape of a node after the symbols in `merged` are replaced."""
-    return tuple(sympy.sympify(size).xreplace(dict(merged)) for size in shape_of(node))
+    replaced: list[Any] = [sympy.sympify(s).xreplace(dict(merged)) for s in shape_of(node)]
+    return tuple(replaced)
 
 
 def _sample_size(size: Any) -> int | None:

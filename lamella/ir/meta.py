@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def capture_config(
 
     Args:
         source: A config, or a folder with ``config.json``. Weights are read lazily from the
-            safetensors of a folder; the graph of a config has none to read.
+            safetensors of a folder; the graph of a config has none to read. A config that was
+            never saved names no architecture: give `task_class`, or the base model is built.
         inputs: Sample inputs, or None to make them from the config.
         task_class: As in `load_pretrained`.
         dtype: Of the weights; None takes that of the config, or float32.
@@ -53,7 +54,7 @@ def capture_config(
     folder = None if isinstance(source, PreTrainedConfig) else Path(source)
     config = source if isinstance(source, PreTrainedConfig) else read_config(Path(source))
     stored = {} if folder is None else read_weight_map(folder)
-    model = build_without_data(config, task_class, dtype or config.dtype or torch.float32)
+    model = build_without_data(config, task_class, dtype or _dtype_of(config))
     reader = None if folder is None else source_of(folder, model, stored)
     origin = dataclasses.replace(origin_of(model), folder=folder and str(folder.resolve()))
     chosen = default_inputs(model) if inputs is None else inputs
@@ -106,25 +107,41 @@ def _compute_tables(model: PreTrainedModel, module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _fake_weights(model: nn.Module) -> Iterator[None]:
+def _fake_weights(model: nn.Module) -> Generator[None]:
     """Weights that look as if they lay in the memory of the CPU, while the block runs."""
     mode = symbolic_mode()
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    replaced: list[tuple[nn.Module, str, Tensor]] = []
     fakes: dict[int, Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, value in list(held.items()):
-                if value is not None and value.is_meta:
-                    replaced.append((held, name, value))
-                    held[name] = fakes.setdefault(id(value), _fake(mode, value))
+        parameters = module.named_parameters(recurse=False)
+        for name, value in [*parameters, *module.named_buffers(recurse=False)]:
+            if value.is_meta:
+                replaced.append((module, name, value))
+                _put(module, name, fakes.setdefault(id(value), _fake(mode, value)))
     try:
         yield
     finally:
-        for held, name, value in replaced:
-            held[name] = value
+        for module, name, value in replaced:
+            _put(module, name, value)
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Let `value` stand for the parameter or (persistent) buffer `name`."""
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        module.register_buffer(name, value)
 
 
 def _fake(mode: FakeTensorMode, value: Tensor) -> Tensor:
     with mode:
         fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-        return nn.Parameter(fake, False) if isinstance(value, nn.Parameter) else fake
+        is_parameter = isinstance(value, nn.Parameter)
+        return nn.Parameter(fake, requires_grad=False) if is_parameter else fake
+
+
+def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a config names, or float32."""
+    named: Any = config.dtype
+    found = getattr(torch, named, None) if isinstance(named, str) else named
+    return found if isinstance(found, torch.dtype) else torch.float32

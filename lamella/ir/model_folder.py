@@ -107,9 +107,10 @@ def _stored(path: Path) -> dict[str, StoredWeight]:
 
 def _sharded(folder: Path) -> dict[str, StoredWeight]:
     index = read_json(folder / INDEX)
-    named = cast(dict[str, Any], index.get("weight_map"))
-    if not isinstance(index.get("weight_map"), dict):
-        raise ModelFileError(f"{str(folder / INDEX)!r} has no weight_map; it is corrupt")
+    for part in ("weight_map", "metadata"):
+        if not isinstance(index.get(part), dict):
+            raise ModelFileError(f"{str(folder / INDEX)!r} has no {part}; it is corrupt")
+    named = cast(dict[str, Any], index["weight_map"])
     shards = sorted({str(shard) for shard in named.values()})
     # By name only: the cache of the hub keeps its files behind links.
     outside = [shard for shard in shards if Path(shard).name != shard or shard in ("", "..", ".")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, ItemsView, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from lamella.errors import MissingRuleError
 from lamella.ir.graph import Graph
@@ -80,7 +80,8 @@ class RuleTable(Generic[R]):
 
     def missing(self, graph: Graph) -> dict[Target, int]:
         """The operators of `graph` without a rule, and how often each occurs."""
-        called = Counter(node.target for node in graph.nodes if node.op == "call_function")
+        calls = (node for node in graph.nodes if node.op == "call_function")
+        called = Counter(cast(Target, node.target) for node in calls)
         return {target: count for target, count in called.items() if target not in self._rules}
 
     def check(self, graph: Graph) -> None:

@@ -119,7 +119,8 @@ class Call:
         if not isinstance(value, Tensor):
             return ()
         sizes = (sympy.sympify(size_of(size)) for size in value.shape)
-        return tuple(size.xreplace(dict(self.names)) for size in sizes)
+        named: list[Any] = [size.xreplace(dict(self.names)) for size in sizes]
+        return tuple(named)
 
 
 def product(sizes: Sizes) -> Expr:

@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import sympy
 from torch.fx import Node
@@ -239,6 +239,7 @@ def cost_of(graph: Graph) -> CostReport:
         if node.op != "call_function":
             continue
         call = Call(node, names)
+        rule = COST[cast(Any, node.target)]
         first = [n for n in node.all_input_nodes if n.op == "get_attr" and n not in stored]
         stored.update(first)
         operations.append(
@@ -246,7 +247,7 @@ def cost_of(graph: Graph) -> CostReport:
                 node.name,
                 op_name(node.target),
                 block_of.get(node, ""),
-                _with_cache(COST[node.target](call), caches.get(node)),
+                _with_cache(rule(call), caches.get(node)),
                 call.bytes_of(first),
             )
         )
@@ -289,7 +290,8 @@ class _Evaluation:
 
     def number(self, expression: Expr) -> int:
         if expression not in self._known:
-            self._known[expression] = int(expression.subs(self._sizes))
+            value: Any = expression.subs([*self._sizes.items()])
+            self._known[expression] = int(value)
         return self._known[expression]
 
     def figures(self, figures: Figures) -> Numbers:
