@@ -37,12 +37,16 @@ class Result:
     notes: tuple[str, ...] = ()
     machine: Mapping[str, Any] = field(default_factory=lambda: machine())
 
-    def publish(self) -> None:
-        """Print the table and write it to ``benchmarks/results/NAME.json``."""
+    def show(self) -> None:
+        """Print the table."""
         table = Table(*self.columns, title=self.title, caption="\n".join(self.notes))
         for row in self.rows:
             table.add_row(*map(_cell, row))
         Console(width=140).print(table)
+
+    def publish(self) -> None:
+        """Print the table and write it to ``benchmarks/results/NAME.json``."""
+        self.show()
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{self.name}.json"
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -52,7 +56,8 @@ class Result:
         lines = ["| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
         lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in self.rows]
         versions = ", ".join(f"{k} {v}" for k, v in self.machine["versions"].items())
-        below = [f"*{self.title}. {self.machine['cpu']}, {self.machine['cores']} cores; {versions}.*"]
+        where = f"{self.machine['cpu']}, {self.machine['cores']} cores"
+        below = [f"*{self.title}. {where}; {versions}.*"]
         return "\n".join([*lines, "", *below, *(f"*{note}*" for note in self.notes)])
 
 
@@ -70,7 +75,8 @@ def machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+    python = platform.python_version()
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "python": python, "versions": versions}
 
 
 def _cpu() -> str:
