@@ -2,9 +2,8 @@
 # the requirements change. Nothing outside of this folder is written.
 #
 #   PYTHON=python3.12        the interpreter to build .venv with (3.11 to 3.13)
-#   PIP_OPTIONS="..."        more options for pip; on Linux without a GPU,
-#                            --extra-index-url https://download.pytorch.org/whl/cpu
-#                            saves the download of CUDA
+#   PIP_OPTIONS="..."        more options for pip, for instance an index of CPU builds of PyTorch,
+#                            which on Linux without a GPU saves the download of CUDA
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
