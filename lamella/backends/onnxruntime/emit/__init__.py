@@ -21,6 +21,7 @@ from lamella.backends.onnxruntime.emit import (
     quantized,
     reduction,
     resize,
+    rotary,
     scan,
     view,
 )
@@ -39,6 +40,7 @@ _MODULES = (
     quantized,
     reduction,
     resize,
+    rotary,
     scan,
     view,
 )

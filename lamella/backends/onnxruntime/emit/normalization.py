@@ -16,18 +16,28 @@ aten = torch.ops.aten
 
 
 def layer_norm(e: Emission, call: Call) -> ir.Value:
-    """ONNX wants a scale in any case."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias``."""
+    return layer_norm_of(e, call, e.tensor(call["input"]))
+
+
+def layer_norm_of(e: Emission, call: Call, x: ir.Value) -> ir.Value:
+    """The norm of `call` of another value; ONNX wants a scale in any case."""
     shape, dtype = [int(size) for size in call["normalized_shape"]], call.out.dtype
     scale = e.optional(call["weight"]) or e.const(np.ones(shape), dtype)
-    inputs = (e.tensor(call["input"]), scale, e.optional(call["bias"]))
+    inputs = (x, scale, e.optional(call["bias"]))
     return e.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=float(call["eps"]))
 
 
 def rms_norm(e: Emission, call: Call) -> ir.Value:
     """``x / sqrt(mean(x^2) + eps) * weight``."""
+    return rms_norm_of(e, call, e.tensor(call["input"]))
+
+
+def rms_norm_of(e: Emission, call: Call, x: ir.Value) -> ir.Value:
+    """The norm of `call` of another value."""
     shape, dtype = [int(size) for size in call["normalized_shape"]], call.out.dtype
     epsilon = torch.finfo(dtype).eps if call["eps"] is None else float(call["eps"])
-    x, scale = e.tensor(call["input"]), e.optional(call["weight"])
+    scale = e.optional(call["weight"])
     if e.options.opset >= 23:
         scale = scale or e.const(np.ones(shape), dtype)
         return e.op("RMSNormalization", x, scale, axis=-len(shape), epsilon=epsilon)
