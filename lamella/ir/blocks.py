@@ -91,7 +91,7 @@ def _numbers(parts: Sequence[str]) -> str:
 
 def _first_and_numbers(parts: Sequence[str]) -> str:
     first = next((p for p in parts if p in _STACKS or p.split("_")[0] in _STACKS), parts[0])
-    return f"{first}.{_numbers(parts)}"
+    return f"{first}.{_numbers(parts)}" if _numbers(parts) else ""
 
 
 def _is_telling(name: str, place: int, names: Sequence[str]) -> bool:
