@@ -77,7 +77,7 @@ def test_equals_models_blended_by_hand(
         given = capture_module(second, inputs)
         canonicalize(given)
     elif kind in ("file", "folder"):
-        second.save_pretrained(tmp_path)  # pyright: ignore
+        second.save_pretrained(tmp_path)
         given = tmp_path / "model.safetensors" if kind == "file" else str(tmp_path)
     if family == "gemma2" and kind == "file":
         # Its norms are computed from the parameters, and a file alone can't be captured.
@@ -149,7 +149,7 @@ def test_another_architecture_is_refused_with_all_differences(
     deeper = _other(model("llama"))
     deeper.get_submodule("model.layers").append(
         copy.deepcopy(deeper.get_submodule("model.layers.0"))
-    )  # pyright: ignore
+    )
     with pytest.raises(PassError, match=r"model.layers.3.* has no counterpart"):
         _blend(graph, deeper)
     assert graph.edits == before
@@ -188,7 +188,7 @@ def test_files_that_are_none(captured: Callable[[str], Graph], tmp_path: Path) -
 def test_bad_options(captured: Callable[[str], Graph], model: Callable[[str], nn.Module]) -> None:
     for options in ({"ratio": 1.5}, {"ratio": -0.1}, {"ratios": ("0:2",)}):
         with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
-            BlendWeights("x", **options)  # pyright: ignore
+            BlendWeights("x", **options)
     with pytest.raises(ValueError, match="expected block:ratio"):
         BlendWeights("x", ratios=("0=0.2",))
     with pytest.raises(ValueError, match="block 4 has two ratios"):

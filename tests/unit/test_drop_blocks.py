@@ -228,7 +228,7 @@ def test_iterative_scores_again(
     graph, asked = captured("llama"), []
     analyses = Analyses(graph, _texts(sample_inputs, "llama"))
     original = analyses.get
-    analyses.get = lambda analysis: (asked.append(graph.edits), original(analysis))[1]  # pyright: ignore
+    analyses.get = lambda analysis: (asked.append(graph.edits), original(analysis))[1]
     DropBlocks(count=2, iterative=True, keep_first=0, keep_last=0).run(graph, analyses)
     assert len(graph.blocks) == 1
     assert len(set(asked)) >= 2
@@ -250,7 +250,7 @@ def test_even_spacing(total: int, count: int, stay: tuple[int, ...]) -> None:
         def __init__(self, index: int) -> None:
             self.index, self.name = index, str(index)
 
-    gone = evenly([Fake(i) for i in range(total)], count)  # pyright: ignore
+    gone = evenly([Fake(i) for i in range(total)], count)
     left = sorted(set(range(total)) - {block.index for block in gone})
     assert tuple(left) == stay
     gaps = [b - a for a, b in itertools.pairwise(left)]

@@ -120,7 +120,7 @@ def test_the_plan_is_followed_and_used_up(captured: Callable[[str], Graph]) -> N
     plan = dict(graph.plan)
     _run(graph)
     found = {
-        str(n.args[1].target).removesuffix("_packed"): n.args[5]  # pyright: ignore
+        str(n.args[1].target).removesuffix("_packed"): n.args[5]
         for n in graph.find(lam.linear_nbits.default)
     }
     want = {s.weight: plan[s.weight].bits for s in sites if s.role != "embedding"}
@@ -141,7 +141,7 @@ def test_a_plan_must_be_there_and_fit(captured: Callable[[str], Graph]) -> None:
 def test_a_router_gets_eight_bits(captured: Callable[[str], Graph]) -> None:
     graph = captured("qwen3_moe")
     remarks = " ".join(_run(graph, bits=4).take_remarks())
-    bits = {str(n.args[1].target): n.args[5] for n in graph.find(lam.linear_nbits.default)}  # pyright: ignore
+    bits = {str(n.args[1].target): n.args[5] for n in graph.find(lam.linear_nbits.default)}
     assert {b for name, b in bits.items() if name.endswith("mlp.gate.weight_packed")} == {8}
     assert {b for name, b in bits.items() if not name.endswith("mlp.gate.weight_packed")} == {4}
     assert "experts.gate_up_proj (3 axes in lamella.grouped_linear" in remarks

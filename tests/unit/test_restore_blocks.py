@@ -36,7 +36,7 @@ def test_equals_the_model_with_those_layers(
     graph.finish()
     layers, theirs = first.get_submodule(path), second.get_submodule(path)
     for index in (1, 2):
-        layers[index] = theirs[index]  # pyright: ignore
+        layers[index] = theirs[index]
     with torch.no_grad():
         want = first(**inputs)[0]
     # The same weights, sums of float32 in another order.
