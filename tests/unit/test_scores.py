@@ -183,7 +183,7 @@ def test_fisher_predicts_what_is_measured(
         names = [name for name, losses in measured.losses.items() if losses[f] > 1e-10]
         a = torch.tensor([predicted.losses[name][f] for name in names])
         b = torch.tensor([measured.losses[name][f] for name in names])
-        # 32 sequences with 4 or 8 draws each: single values are known to some 15 %, and at 2
+        # 32 sequences with 4 draws each: single values are known to some 15 %, and at 2
         # bits the loss is no longer a quadratic form.
         assert spearmanr(a, b).statistic > 0.94
         assert 0.8 < float((a / b).median()) < 1.25

@@ -47,8 +47,11 @@ class Fisher(BitScore):
         formats: The formats to score.
         int8_activations: Whether the kernel rounds its input to 8 bits.
         sequences: How many sequences of the samples run, one at a time.
-        draws: Labels or projections per sequence; None draws 4 labels or 8 projections.
+        draws: Labels or projections per sequence.
         seed: Of the draws.
+
+    Raises:
+        ValueError: `sequences` or `draws` is smaller than 1.
 
     References:
         [Martens2020], section 5.
@@ -60,8 +63,14 @@ class Fisher(BitScore):
     formats: tuple[Format, ...] = ()
     int8_activations: bool = True
     sequences: int = 32
-    draws: int | None = None
+    draws: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or self.draws < 1:
+            raise ValueError(
+                f"sequences and draws must be at least 1, got {self.sequences} and {self.draws}"
+            )
 
     def requests(self, graph: Graph) -> tuple[Request, ...]:
         """What rounding to 8 bits adds to the inputs of all linear layers."""
@@ -109,11 +118,10 @@ class Fisher(BitScore):
             errors[site.weight] = torch.stack(rounded) if rounded else weight[None][:0]
         found = GradientRun(graph, target, sites, formats, errors)
         generator = torch.Generator().manual_seed(self.seed)
-        draws = self.draws or (4 if target.kind == "logits" else 8)
         for sample in _singles(samples):
             rows = found.forward(sample)
-            for draw in range(draws):
-                found.backward(_drawn_loss(rows, target, generator), again=draw + 1 < draws)
+            for draw in range(self.draws):
+                found.backward(_drawn_loss(rows, target, generator), again=draw + 1 < self.draws)
         return found
 
     def _loss(
