@@ -122,11 +122,11 @@ NOT: dict[str, tuple[Callable[..., Any], str]] = {
         "scores are replaced at masked_fill by -10.0, not by a number below -1e+20",
     ),
     "scores are an output": (
-        lambda q, k, v: [(torch.softmax(s, -1) @ v, s) for s in [q @ k.mT * 2]][0],
+        lambda q, k, v: next((torch.softmax(s, -1) @ v, s) for s in [q @ k.mT * 2]),
         "the scores mul are read by output too",
     ),
     "probabilities are an output": (
-        lambda q, k, v: [(p @ v, p) for p in [torch.softmax(q @ k.mT, -1)]][0],
+        lambda q, k, v: next((p @ v, p) for p in [torch.softmax(q @ k.mT, -1)]),
         "softmax is read outside of the pattern too",
     ),
     "scaled after the mask": (

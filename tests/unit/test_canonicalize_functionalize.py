@@ -146,7 +146,7 @@ def test_a_model_that_writes_into_a_buffer_has_no_functional_form() -> None:
             return a + self.calls
 
     graph = capture_module(Counts(), {"a": X})
-    with pytest.raises(CaptureError, match="calls.*sums"):
+    with pytest.raises(CaptureError, match=r"calls.*sums"):
         canonicalize(graph)
 
 
@@ -164,5 +164,5 @@ def test_a_write_that_can_not_be_put_back_lists_its_readers() -> None:
 
 def test_random_writes_have_no_functional_twin() -> None:
     graph = graph_of(lambda x: (x * 2).normal_() + 1, X)
-    with pytest.raises(CaptureError, match="normal_ .* has no functional twin"):
+    with pytest.raises(CaptureError, match=r"normal_ .* has no functional twin"):
         canonicalize(graph)
