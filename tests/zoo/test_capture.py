@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lamella.ir.torch_private import tree_leaves
+from lamella.ir.verify import verify
 from tests.conftest import family_of
 
 
@@ -17,6 +18,14 @@ def relative_error(got: object, expected: object) -> float:
 
 def _tensors(value: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def test_the_captured_graph_is_sound(family, raw) -> None:
+    verify(raw(family), canonical=False, shapes=False)
+
+
+def test_the_canonical_graph_is_sound(family, captured) -> None:
+    verify(captured(family))
 
 
 def test_the_canonical_graph_equals_the_model_at_every_size(family, captured, model) -> None:
