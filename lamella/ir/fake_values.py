@@ -27,6 +27,17 @@ from lamella.ir.torch_private import (
 
 aten = torch.ops.aten
 
+_SYMBOLIC_IN_PYTHON = frozenset(
+    {
+        aten.pad.default,
+        aten.constant_pad_nd.default,
+        aten.upsample_nearest2d.vec,
+        aten.upsample_bilinear2d.vec,
+        aten.upsample_bicubic2d.vec,
+    }
+)
+"""Operators that take symbolic sizes only in their Python implementations."""
+
 _Cases = dict[Hashable, set[Hashable]]
 _known: WeakKeyDictionary[FakeTensorMode, _Cases] = WeakKeyDictionary()
 """For every case the descriptions of its result that were found right."""
@@ -48,10 +59,9 @@ def value_of(node: Node, mode: FakeTensorMode) -> Any:
     args = tree_map(read, node.args)
     kwargs = tree_map(read, node.kwargs)
     assert callable(node.target)
-    # Padding by a symbolic size has only a Python implementation; elsewhere these are slower, and
-    # that of `reshape` loses known sizes.
-    padding = node.target in (aten.pad.default, aten.constant_pad_nd.default)
-    python = enable_python_dispatcher() if padding else contextlib.nullcontext()
+    # Elsewhere the Python implementations are slower, and that of `reshape` loses known sizes.
+    needed = node.target in _SYMBOLIC_IN_PYTHON
+    python = enable_python_dispatcher() if needed else contextlib.nullcontext()
     # Operators ask whether sizes are equal. The answer for the sample must not become a fact: with
     # a guard, two symbols would be one from here on, in every graph of this mode.
     sizes = mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
