@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lamella.errors import RewriteError
 from lamella.ir import ops
@@ -88,6 +89,7 @@ def canonicalize(graph: Graph) -> Canonicalization:
     graph.finish()
     writes = functionalize(graph)
     counts["functionalize"] = writes.count
+    done = Counter[str]()
     for _ in range(_ROUNDS):
         spelled = rewrite(graph, SPELLING_RULES)
         raised = rewrite(graph, IDIOM_RULES)
@@ -118,10 +120,5 @@ _STEPS: tuple[Callable[[Graph], int], ...] = (
 
 def noncanonical(graph: Graph) -> dict[ops.Target, int]:
     """The operators of `graph` that are not canonical -> how often each occurs."""
-    return dict(
-        Counter(
-            node.target
-            for node in graph.nodes
-            if node.op == "call_function" and ops.facts(node.target) is None
-        )
-    )
+    targets: list[Any] = [node.target for node in graph.nodes if node.op == "call_function"]
+    return dict(Counter(target for target in targets if ops.facts(target) is None))

@@ -80,6 +80,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule]) -> Rewrites:
         for target in one.roots:
             index[target].append(one)
     total = Counter[str]()
+    tally = _Tally()
     for _ in range(_ROUNDS):
         tally = _Tally()
         _sweep(graph, index, tally)

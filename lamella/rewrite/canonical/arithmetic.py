@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from lamella.ir import ops
 from lamella.ir.graph import Graph
-from lamella.rewrite.canonical.extents import dtype_of, is_tensor
+from lamella.rewrite.canonical.extents import dtype_of, is_tensor, parts_of
 from lamella.rewrite.pattern import AnyOf, Call, Match, Number, Var
 from lamella.rewrite.rule import Rule, Skip, rule
 
@@ -58,8 +58,8 @@ _SPELLINGS: dict[Any, Any] = {
 def one_spelling(graph: Graph, found: Match) -> Node:
     """``true_divide(x, y) -> div(x, y)``, ``add.Scalar(x, 2) -> add.Tensor(x, 2)``, and so on."""
     root = found.root
-    target = _SPELLINGS[root.target]
-    return graph.call(target, *root.args, before=root, like=root, **root.kwargs)
+    target, args, kwargs = parts_of(root)
+    return graph.call(_SPELLINGS[target], *args, before=root, like=root, **kwargs)
 
 
 @rule(Call((aten.add.Tensor, aten.sub.Tensor), Var("x"), Var("y"), alpha=Number("alpha")))
@@ -69,7 +69,8 @@ def alpha_is_product(graph: Graph, found: Match) -> Node | Skip:
     if alpha == 1 and "alpha" not in root.kwargs and len(root.args) == 2:
         return Skip("there is no factor")
     scaled = y if alpha == 1 else _times(graph, y, alpha, root)
-    return graph.call(root.target, found["x"], scaled, before=root, like=root)
+    target, *_ = parts_of(root)
+    return graph.call(target, found["x"], scaled, before=root, like=root)
 
 
 def _times(graph: Graph, y: Any, alpha: float, before: Node) -> Any:
@@ -198,7 +199,8 @@ def softmax_without_dtype(graph: Graph, found: Match) -> Node | Skip:
         return Skip("there is no dtype")
     if dtype != dtype_of(x):
         x = graph.call(aten.to.dtype, x, dtype, before=root)
-    return graph.call(root.target, x, found["dim"], before=root, like=root)
+    target, *_ = parts_of(root)
+    return graph.call(target, x, found["dim"], before=root, like=root)
 
 
 ARITHMETIC: tuple[Rule, ...] = (

@@ -15,6 +15,7 @@ from lamella.ir.graph import Graph
 from lamella.rewrite.canonical.extents import (
     dtype_of,
     is_tensor,
+    parts_of,
     same_extent,
     same_shape,
     shape_of,
@@ -82,7 +83,7 @@ def attention_from_softmax(graph: Graph, found: Match) -> Node | Skip:
     for one in scores.masks:
         mask = one if mask is None else graph.call(aten.add.Tensor, mask, one, before=root)
     args = (scores.q, k, v, mask, 0.0, False)
-    kwargs = {"scale": scores.scale, "enable_gqa": False}
+    kwargs: dict[str, Any] = {"scale": scores.scale, "enable_gqa": False}
     return graph.call(_SDPA, *args, before=root, like=root, **kwargs)
 
 
@@ -140,18 +141,18 @@ def _scaled(graph: Graph, node: Node, root: Node) -> _Scores | Skip:
 
 def _added(graph: Graph, node: Node, root: Node) -> _Scores | Skip:
     """The operand that leads to the product is the scores, the other one the mask."""
-    one, two = node.args[:2]
-    reason = Skip(f"nothing is added at {node.name} but a number")
+    _, (one, two), _ = parts_of(node)
+    first: Skip | None = None
     for scores, mask in ((one, two), (two, one)):
         if not is_tensor(scores) or not is_tensor(mask):
-            continue
+            return Skip(f"a number is added at {node.name}")
         if not same_shape(shape_of(scores), shape_of(node)):
             continue
         inner = _scores(graph, scores, root)
         if isinstance(inner, _Scores):
             return _with_mask(inner, mask, mask, node)
-        reason = inner if isinstance(reason, Skip) and "number" in reason.reason else reason
-    return reason
+        first = first or inner
+    return first or Skip(f"what is added at {node.name} is larger than the scores")
 
 
 _REPLACING = (
@@ -165,7 +166,7 @@ _REPLACING = (
 
 def _replaced(graph: Graph, node: Node, root: Node) -> _Scores | Skip:
     """Scores replaced by a very small number: a mask that adds it does the same."""
-    first, second, third = node.args[:3]
+    _, (first, second, third), _ = parts_of(node)
     matcher = Matcher(graph)
     if node.target in _REPLACING[:2]:
         scores, hidden, far, shows = first, second, matcher.number(third), False
@@ -229,7 +230,7 @@ def attention_in_full(graph: Graph, found: Match) -> Node | Skip:
     if scale is None and isinstance(width, int):
         scale = 1.0 / math.sqrt(width)
     args = (q, found["k"], found["v"], mask, float(dropout), causal)
-    kwargs = {"scale": scale, "enable_gqa": grouped}
+    kwargs: dict[str, Any] = {"scale": scale, "enable_gqa": grouped}
     if root.args == args and root.kwargs == kwargs:
         return Skip("everything is written out")
     return graph.call(_SDPA, *args, before=root, like=root, **kwargs)
@@ -265,11 +266,13 @@ def attention_of_scaled_operand(graph: Graph, found: Match) -> Node | Skip:
     *views, _ = found.nodes[1:]
     value = found[name]
     for view in reversed(views):
-        value = graph.call(view.target, value, *view.args[1:], before=root, like=view)
+        target, (_, *rest), _ = parts_of(view)
+        value = graph.call(target, value, *rest, before=root, like=view)
     scale *= found.get(f"{name}_factor", 1.0) / found.get(f"{name}_divisor", 1.0)
-    pair = (value, root.args[1]) if name == "q" else (root.args[0], value)
-    kwargs = {**root.kwargs, "scale": scale}
-    return graph.call(_SDPA, *pair, *root.args[2:], before=root, like=root, **kwargs)
+    _, (q, k, *rest), kwargs = parts_of(root)
+    pair = (value, k) if name == "q" else (q, value)
+    kwargs["scale"] = scale
+    return graph.call(_SDPA, *pair, *rest, before=root, like=root, **kwargs)
 
 
 def _repeated(name: str) -> Pattern:
@@ -299,12 +302,12 @@ def attention_of_repeated_heads(graph: Graph, found: Match) -> Node | Skip:
         problem = _not_repeated(short, long)
         if problem:
             return Skip(problem)
-    heads = [shape_of(x)[1] for x in (q, k, v)]
+    heads: list[Any] = [shape_of(x)[1] for x in (q, k, v)]
     if heads[1] != heads[2] or heads[0] % heads[1] or root.kwargs.get("enable_gqa"):
         return Skip(f"{heads[0]} heads of queries are no groups for {heads[1:]} heads")
-    args = (q, k, v, *root.args[3:])
-    kwargs = {**root.kwargs, "enable_gqa": True}
-    return graph.call(_SDPA, *args, before=root, like=root, **kwargs)
+    _, (_, _, _, *rest), kwargs = parts_of(root)
+    kwargs["enable_gqa"] = True
+    return graph.call(_SDPA, q, k, v, *rest, before=root, like=root, **kwargs)
 
 
 def _not_repeated(short: Node, long: Any) -> str | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx import Node
 
 from lamella.ir import ops
 from lamella.ir.graph import Graph
+from lamella.ir.torch_private import tree_map
 from lamella.rewrite.canonical.extents import (
     dtype_of,
     is_static,
     is_tensor,
+    parts_of,
     shape_of,
     value_of,
 )
@@ -127,12 +129,12 @@ def _compute(graph: Graph, node: Node, known: dict[Node, Any]) -> Any:
         return graph.weight(node)
     if node not in known:
 
-        def value(argument: Node) -> Any:
-            return _compute(graph, argument, known)
+        def value(argument: Any) -> Any:
+            return _compute(graph, argument, known) if isinstance(argument, Node) else argument
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        target, args, kwargs = parts_of(node)
         with torch.no_grad():
-            known[node] = node.target(*args, **kwargs)
+            known[node] = target(*tree_map(value, args), **tree_map(value, kwargs))
     return known[node]
 
 

@@ -12,6 +12,7 @@ from lamella.ir.graph import Graph
 from lamella.rewrite.canonical.extents import (
     dtype_of,
     is_tensor,
+    parts_of,
     same_shape,
     shape_of,
     value_of,
@@ -142,5 +143,5 @@ def _is_matrix_weight(node: Any) -> bool:
 def _multiplies_by(reader: Node, weight: Node) -> bool:
     if reader.target is not aten.matmul.default:
         return False
-    x, w = reader.args[:2]
+    _, (x, w), _ = parts_of(reader)
     return w is weight and x is not weight and is_tensor(x) and len(shape_of(x)) > 0

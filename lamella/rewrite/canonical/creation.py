@@ -22,7 +22,8 @@ def arange_in_full(graph: Graph, found: Match) -> Node | Skip:
     given = {name: graph.operand(root, name) for name in ("end", "dtype")}
     start = graph.operand(root, "start") if root.target is not aten.arange.default else 0
     step = graph.operand(root, "step") if root.target is aten.arange.start_step else 1
-    args, kwargs = (start, given["end"], step), {"dtype": dtype_of(root)}
+    args = (start, given["end"], step)
+    kwargs: dict[str, Any] = {"dtype": dtype_of(root)}
     if root.target is aten.arange.start_step and root.args == args and root.kwargs == kwargs:
         return Skip("everything is written out")
     return graph.call(aten.arange.start_step, *args, before=root, like=root, **kwargs)
@@ -60,7 +61,8 @@ def filled_is_full(graph: Graph, found: Match) -> Node | Skip:
         value = graph.operand(root, name)
     if isinstance(value, Node):
         return Skip("the value is computed")
-    args, kwargs = (size, _as(dtype, value)), {"dtype": dtype}
+    args = (size, _as(dtype, value))
+    kwargs: dict[str, Any] = {"dtype": dtype}
     spelled = root.target is aten.full.default and root.args == args and root.kwargs == kwargs
     if spelled and type(root.args[1]) is type(args[1]):
         return Skip("everything is written out")

@@ -46,7 +46,8 @@ def first_of_several_results(graph: Graph, found: Match) -> Node | Skip:
     """``native_layer_norm(x, ...)[0] -> layer_norm(x, ...)``; so for the other norms, pooling."""
     root, whole = found.root, found.nodes[1]
     if whole.target is aten.native_dropout.default:
-        return whole.args[0] if not whole.args[2] else Skip("the model was in training mode")
+        x, train = graph.operand(whole, "input"), graph.operand(whole, "train")
+        return Skip("the model was captured in training mode") if train else x
     target, args = _single(graph, whole)
     return graph.call(target, *args, before=root, like=root)
 

@@ -34,6 +34,11 @@ def dtype_of(node: Node) -> torch.dtype:
     return value_of(node).dtype
 
 
+def parts_of(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Operator, positional and keyword arguments of a call, to make another one like it."""
+    return node.target, tuple(node.args), dict(node.kwargs)
+
+
 def is_tensor(value: Any) -> bool:
     """Whether `value` is a node whose value is one tensor."""
     return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)

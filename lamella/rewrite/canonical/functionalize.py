@@ -20,6 +20,7 @@ from lamella.errors import CaptureError
 from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.torch_private import StorageWeakRef, tree_map
+from lamella.rewrite.canonical.extents import parts_of
 from lamella.rewrite.canonical.writeback import part_put_back
 
 aten = torch.ops.aten
@@ -157,17 +158,18 @@ def _view_again(graph: Graph, chain: Sequence[Node], whole: Node, write: Node) -
         def swap(argument: Any, before: Node = before, source: Node = source) -> Any:
             return source if argument is before else argument
 
-        args = tree_map(swap, node.args)
-        kwargs = tree_map(swap, node.kwargs)
-        made.append(graph.call(node.target, *args, before=write, like=node, **kwargs))
+        called, args, kwargs = parts_of(node)
+        args, kwargs = tree_map(swap, args), tree_map(swap, kwargs)
+        made.append(graph.call(called, *args, before=write, like=node, **kwargs))
         source, old = made[-1], node
     return made
 
 
 def _written(write: Node) -> Node | None:
     """The one tensor that `write` writes into."""
-    schema = write.target._schema
-    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    target, *_ = parts_of(write)
+    arguments = target._schema.arguments
+    written = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
     found = ops.bind(write).get(written[0]) if len(written) == 1 else None
     return found if isinstance(found, Node) else None
 
@@ -175,7 +177,7 @@ def _written(write: Node) -> Node | None:
 def _new_value(writes: _Writes, write: Node, target: Node) -> Node | None:
     """The value after the write, as a node before it; None if there is no way to say it."""
     graph = writes.graph
-    rest, kwargs = write.args[1:], write.kwargs
+    _, (_, *rest), kwargs = parts_of(write)
     if write.target is aten.detach_.default:
         return target
     if write.target is aten.zero_.default:
@@ -250,9 +252,9 @@ def _shares_memory(graph: Graph, node: Node, source: Node) -> bool:
     def value_of(argument: Any) -> Any:
         return argument.meta["val"] if isinstance(argument, Node) else argument
 
-    args, kwargs = tree_map(value_of, node.args), tree_map(value_of, node.kwargs)
+    target, args, kwargs = parts_of(node)
     with graph.fake_mode(), torch.no_grad():
-        made: Tensor = node.target(*args, **kwargs)
+        made: Tensor = target(*tree_map(value_of, args), **tree_map(value_of, kwargs))
     one, two = made.untyped_storage(), source.meta["val"].untyped_storage()
     return StorageWeakRef(one) == StorageWeakRef(two)
 

@@ -12,6 +12,7 @@ from lamella.rewrite.canonical.extents import (
     axis_of,
     dtype_of,
     is_tensor,
+    parts_of,
     same_extent,
     same_shape,
     shape_of,
@@ -152,16 +153,16 @@ def attention_with_expanded_mask(graph: Graph, found: Match) -> Node | Skip:
     root, mask = found.root, found["mask"]
     if not is_tensor(mask) or len(shape_of(mask)) < 2:
         return Skip("the mask has no axis for queries and keys")
-    args = (*root.args[:3], mask, *root.args[4:])
-    return graph.call(_SDPA, *args, before=root, like=root, **root.kwargs)
+    _, (q, k, v, _, *rest), kwargs = parts_of(root)
+    return graph.call(_SDPA, q, k, v, mask, *rest, before=root, like=root, **kwargs)
 
 
 @rule(Call(_SDPA, Var("q"), Var("k"), Var("v"), _TRUE, ...))
 def attention_to_everything(graph: Graph, found: Match) -> Node:
     """``sdpa(q, k, v, True) -> sdpa(q, k, v, None)``: a mask that hides nothing."""
     root = found.root
-    args = (*root.args[:3], None, *root.args[4:])
-    return graph.call(_SDPA, *args, before=root, like=root, **root.kwargs)
+    _, (q, k, v, _, *rest), kwargs = parts_of(root)
+    return graph.call(_SDPA, q, k, v, None, *rest, before=root, like=root, **kwargs)
 
 
 MASKS: tuple[Rule, ...] = (

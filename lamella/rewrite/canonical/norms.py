@@ -164,8 +164,8 @@ def layer_norm_with_bias(graph: Graph, found: Match) -> Node | Skip:
 def _normalized_size(x: Node, dim: int) -> int | None:
     """The size of the last axis, if it is fixed and `dim` is that axis."""
     shape = shape_of(x)
-    last = len(shape) - 1
-    return shape[last] if dim in (-1, last) and isinstance(shape[last], int) else None
+    size = shape[-1]
+    return size if dim in (-1, len(shape) - 1) and isinstance(size, int) else None
 
 
 def _not_per_channel(w: object, normalized: list[int]) -> str | None:

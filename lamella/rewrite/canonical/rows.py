@@ -11,7 +11,13 @@ import torch
 from torch.fx import Node
 
 from lamella.ir.graph import Graph
-from lamella.rewrite.canonical.extents import is_tensor, same_extent, same_shape, shape_of
+from lamella.rewrite.canonical.extents import (
+    is_tensor,
+    parts_of,
+    same_extent,
+    same_shape,
+    shape_of,
+)
 from lamella.rewrite.pattern import Call, Match, Var
 from lamella.rewrite.rule import Rule, Skip, rule
 
@@ -38,7 +44,8 @@ def rowwise_of_flat_rows(graph: Graph, found: Match) -> Node | Skip:
     problem = _not_flat_rows(x, found.nodes[1])
     if problem:
         return Skip(problem)
-    made = graph.call(root.target, x, *root.args[1:], before=root, **root.kwargs)
+    target, (_, *rest), kwargs = parts_of(root)
+    made = graph.call(target, x, *rest, before=root, **kwargs)
     size = [-1, shape_of(root)[-1]]
     return graph.call(aten.reshape.default, made, size, before=root, like=root)
 
@@ -54,7 +61,8 @@ def sum_of_flat_rows(graph: Graph, found: Match) -> Node | Skip:
     problem = _not_flat_rows(x, flat_x) or _not_flat_rows(y, flat_y)
     if problem or not same_shape(shape_of(x), shape_of(y)):
         return Skip(problem or "the operands had different leading axes")
-    made = graph.call(root.target, x, y, before=root)
+    target, *_ = parts_of(root)
+    made = graph.call(target, x, y, before=root)
     size = [-1, shape_of(root)[-1]]
     return graph.call(aten.reshape.default, made, size, before=root, like=root)
 
@@ -66,7 +74,8 @@ def flat_rows_and_channels(graph: Graph, found: Match) -> Node | Skip:
     problem = _not_flat_rows(x, found.nodes[1])
     if problem or (isinstance(y, Node) and not (is_tensor(y) and len(shape_of(y)) <= 1)):
         return Skip(problem or f"{y.name} is no vector")
-    made = graph.call(root.target, x, y, before=root)
+    target, *_ = parts_of(root)
+    made = graph.call(target, x, y, before=root)
     size = [-1, shape_of(root)[-1]]
     return graph.call(aten.reshape.default, made, size, before=root, like=root)
 

@@ -14,6 +14,7 @@ from lamella.rewrite.canonical.extents import (
     axis_of,
     is_static,
     is_tensor,
+    parts_of,
     same_extent,
     same_shape,
     shape_of,
@@ -113,7 +114,8 @@ def turn_is_permute(graph: Graph, found: Match) -> Node | Skip:
         return x
     # Run on an empty tensor whose axes have distinct sizes, to see where each axis goes.
     probe = torch.empty(tuple(range(2, 2 + len(shape_of(x)))), device="meta")
-    order = [size - 2 for size in root.target(probe, *root.args[1:], **root.kwargs).shape]
+    target, (_, *rest), kwargs = parts_of(root)
+    order = [size - 2 for size in target(probe, *rest, **kwargs).shape]
     return graph.call(aten.permute.default, x, order, before=root, like=root)
 
 
@@ -165,7 +167,8 @@ def _permutation(node: Node) -> list[int]:
     if node.target is aten.permute.default:
         return _order(node.args[1])
     order = list(range(ndim))
-    one, two = (axis_of(dim, ndim) for dim in node.args[1:3])
+    _, (_, *dims), _ = parts_of(node)
+    one, two = (axis_of(dim, ndim) for dim in dims)
     order[one], order[two] = order[two], order[one]
     return order
 
@@ -182,7 +185,7 @@ def slice_of_all(graph: Graph, found: Match) -> Node | Skip:
     axis = axis_of(dim, len(shape_of(x)))
     start, stop = (0 if start is None else start), (LAST if stop is None else stop)
     same = same_extent(shape_of(x)[axis], shape_of(root)[axis])
-    if same and step == 1 and start == 0 and isinstance(start, int):
+    if same and step == 1 and start == 0:
         return x
     spelled = (x, axis, start, stop) if step == 1 else (x, axis, start, stop, step)
     if spelled == root.args and not root.kwargs:
