@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
@@ -89,6 +90,7 @@ def _calls(nodes: list[Node], canonical: bool) -> Iterator[str]:
     for node in nodes:
         if node.op == "call_function" and ops.argument_names(node.target):
             yield from _arity(node)
+            yield from _dtypes(node)
         if node.op != "output" and "val" not in node.meta:
             yield f"{node.name} has no fake value"
 
@@ -108,6 +110,22 @@ def _arity(node: Node) -> Iterator[str]:
     missing = set(names) - set(given) - set(node.kwargs) - set(ops.argument_defaults(node.target))
     if missing:
         yield f"{label} lacks {', '.join(sorted(missing))}"
+
+
+def _dtypes(node: Node) -> Iterator[str]:
+    """Contractions of floats of two kinds: fake kernels let them pass, real ones don't."""
+    found = ops.facts(node.target)
+    if found is None or found.category not in {"contraction", "attention"}:
+        return
+    if node.target is torch.ops.lamella.linear_nbits.default:
+        return
+    values = [source.meta.get("val") for source in node.all_input_nodes]
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
+    floats = sorted(
+        str(dtype).removeprefix("torch.") for dtype in dtypes if dtype.is_floating_point
+    )
+    if len(floats) > 1:
+        yield f"{node.name} ({ops.op_name(node.target)}) mixes {' and '.join(floats)}"
 
 
 def _weights(graph: Graph) -> Iterator[str]:
