@@ -23,24 +23,26 @@ class WeightNames:
     def __init__(self) -> None:
         self._taken: set[str] = set()
         self._folders: set[str] = set()
+        self._counts: dict[str, int] = {}
 
     def claim(self, wanted: str) -> str:
         """A free name, `wanted` if it can be."""
-        base = dotted(wanted)
-        name, count = base, 1
-        while not self._free(name):
-            count += 1
-            name = f"{base}_{count}"
+        base = self._below_no_weight(dotted(wanted))
+        name = base
+        while name in self._taken or name in self._folders:
+            self._counts[base] = self._counts.get(base, 1) + 1
+            name = f"{base}_{self._counts[base]}"
         self._taken.add(name)
         self._folders.update(_parents(name))
         return name
 
-    def _free(self, name: str) -> bool:
-        return (
-            name not in self._taken
-            and name not in self._folders
-            and self._taken.isdisjoint(_parents(name))
-        )
+    def _below_no_weight(self, name: str) -> str:
+        """``a.b.c`` as ``a.b_c`` if there is a weight ``a.b``."""
+        path = ""
+        for part in name.split("."):
+            joint = "" if not path else "_" if path in self._taken else "."
+            path = f"{path}{joint}{part}"
+        return path
 
 
 def dotted(name: str) -> str:
