@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.graph import CodeGen
 
 from lamella.errors import CaptureError
 from lamella.ir.graph import Graph, set_tensor
@@ -99,7 +100,7 @@ def _constants(program: ExportedProgram) -> frozenset[str]:
 
 def _flatten_calls(graph: fx.Graph) -> None:
     """Flat placeholders, a flat tuple of outputs, no calls of submodules (guards)."""
-    graph.set_codegen(fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
     output = graph.output_node()
     output.args = (tuple(tree_leaves(output.args[0])),)
     for node in list(graph.nodes):
@@ -193,12 +194,12 @@ def _auto_axes(value: Any) -> dict[int, Any] | None:
 
 
 @contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def _inference(model: nn.Module) -> Generator[None]:
     """Eval mode, and no cache in the outputs of a Hugging Face model, while the block runs."""
     training = {module: module.training for module in model.modules()}
     config = getattr(model, "config", None)
     configs = [config, getattr(config, "text_config", None), getattr(config, "decoder", None)]
-    cached = [c for c in configs if getattr(c, "use_cache", False)]
+    cached: list[Any] = [c for c in configs if getattr(c, "use_cache", False)]
     model.eval()
     for c in cached:
         c.use_cache = False

@@ -92,7 +92,8 @@ class Graph:
     @property
     def outputs(self) -> list[Any]:
         """The flat outputs, in the order of ``signature.outputs`` (nodes or constants)."""
-        return list(self.output.args[0])
+        flat: Any = self.output.args[0]
+        return list(flat)
 
     @property
     def stream(self) -> Stream:

@@ -15,9 +15,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
-import lamella.ir.operators  # noqa: F401  (registers torch.ops.lamella)
+import lamella.ir.operators  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 
 aten = torch.ops.aten
 lam = torch.ops.lamella
@@ -57,12 +58,24 @@ class OpFacts:
     linear_in: tuple[str, ...] = ()
 
 
+class _Table:
+    """The facts while they are written down."""
+
+    def __init__(self) -> None:
+        self.facts: dict[Target, OpFacts] = {}
+
+    def add(self, category: Category, *targets: Target, **more: tuple[str, ...]) -> None:
+        self.facts.update((target, OpFacts(category, **more)) for target in targets)
+
+
 def _facts() -> dict[Target, OpFacts]:
-    facts: dict[Target, OpFacts] = {}
+    table = _Table()
+    for describe in (_elementwise, _views, _others):
+        describe(table.add)
+    return table.facts
 
-    def add(category: Category, *targets: Target, **more: tuple[str, ...]) -> None:
-        facts.update((target, OpFacts(category, **more)) for target in targets)
 
+def _elementwise(add: Callable[..., None]) -> None:
     add("elementwise", aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
     add("elementwise", aten.rsub.Scalar, aten.div.Tensor_mode, aten.floor_divide.default)
     add("elementwise", aten.pow.Tensor_Scalar, aten.pow.Scalar, aten.pow.Tensor_Tensor)
@@ -86,6 +99,9 @@ def _facts() -> dict[Target, OpFacts]:
     add("elementwise", aten.logical_not.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor)
     add("elementwise", aten.bitwise_not.default, aten.isnan.default, aten.prelu.default)
     add("elementwise", lam.rotary_embedding.default, linear_in=("input",))
+
+
+def _views(add: Callable[..., None]) -> None:
     add("view", aten.reshape.default, aten.transpose.int, aten.permute.default)
     add("view", aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
     add("view", aten.expand.default, aten.slice.Tensor, aten.select.int, aten.cat.default)
@@ -94,6 +110,9 @@ def _facts() -> dict[Target, OpFacts]:
     add("view", aten.flip.default, aten.clone.default, aten.constant_pad_nd.default)
     add("view", aten.tril.default, aten.triu.default, aten.pixel_shuffle.default)
     add("view", operator.getitem)
+
+
+def _others(add: Callable[..., None]) -> None:
     add(
         "contraction",
         aten.linear.default,
@@ -132,7 +151,6 @@ def _facts() -> dict[Target, OpFacts]:
     add("scan", lam.selective_scan.default)
     add("shape", aten.sym_size.int, operator.add, operator.sub, operator.mul)
     add("shape", operator.floordiv, operator.mod, operator.neg, torch.sym_max, torch.sym_min)
-    return facts
 
 
 CANONICAL: Mapping[Target, OpFacts] = MappingProxyType(_facts())
@@ -154,7 +172,7 @@ def op_name(target: Any) -> str:
     """The name that people read: ``aten.linear.default``, ``lamella.linear_nbits.default``."""
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     module = getattr(target, "__module__", "") or ""
     name = getattr(target, "__name__", repr(target))

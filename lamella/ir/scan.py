@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ _MODULES = (
 
 
 @contextlib.contextmanager
-def traceable_scans() -> Iterator[None]:
+def traceable_scans() -> Generator[None]:
     """Replace the recurrences of the modeling code that is loaded, while the block runs."""
-    loaded = [importlib.import_module(name) for name in _MODULES if name in sys.modules]
+    loaded: list[Any] = [importlib.import_module(name) for name in _MODULES if name in sys.modules]
     patched = [module for module in loaded if hasattr(module, "mamba_selective_scan")]
     originals = [module.mamba_selective_scan for module in patched]
     for module in patched:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -68,7 +68,7 @@ def read_model(model: Model, inputs: Inputs | None = None, *, dynamic: bool = Tr
         return Source(capture_program(model))
     if isinstance(model, nn.Module):
         return Source(_from_module(model, inputs, dynamic))
-    if isinstance(model, str | os.PathLike):
+    if isinstance(cast(object, model), str | os.PathLike):
         return _from_path(_located(model), inputs, dynamic)
     raise CaptureError(
         f"a {type(model).__name__} is no model: give an nn.Module, a folder or hub id of Hugging "

@@ -6,6 +6,7 @@ A new release of PyTorch that moves one of them breaks this module and no other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import SymInt
@@ -53,7 +54,7 @@ class _Named(Source):
     label: str
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  (cached there)
         return self.label
 
     @property
@@ -68,7 +69,7 @@ def symbolic_mode() -> FakeTensorMode:
 
 def symbolic_size(mode: FakeTensorMode, name: str, example: int) -> int | SymInt:
     """A new symbolic size of `mode`; `example` answers the comparisons that shape rules make."""
-    env = mode.shape_env
+    env: Any = mode.shape_env
     source = _Named(name)
     symbol = env.create_symbol(example, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     return env.create_symintnode(symbol, hint=example, source=source)
