@@ -1,0 +1,124 @@
+"""The text of a graph is readable and stable, and its diff is small."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+import torch
+from hypothesis import given, settings
+
+from lamella.ir.bypass import bypass
+from lamella.ir.text import diff_of, node_names, text_of
+from tests.strategies import WIDTH, built, graph_of, programs, returned
+
+aten = torch.ops.aten
+
+
+def changed(before, after) -> list[str]:
+    """The lines of a diff that are new or gone, without its heading."""
+    lines = diff_of(before, after).splitlines()[2:]
+    return [line for line in lines if line[0] in "+-"]
+
+
+def test_the_text_of_a_small_graph() -> None:
+    graph = graph_of({"x": torch.zeros(3, WIDTH)})
+    x = graph.inputs[0]
+    weight = graph.add_weight("layer.weight", torch.eye(WIDTH))
+    y = graph.call(aten.linear.default, x, weight, before=graph.output)
+    y = graph.call(aten.add.Tensor, y, 2.0, before=graph.output)
+    y = graph.call(aten.sum.dim_IntList, y, [1], True, dtype=torch.float64, before=graph.output)
+    parts = graph.call(aten.split_with_sizes.default, x, [3, 5], 1, before=graph.output)
+    returned(graph, y)
+    expected = """\
+        graph: 3 operators, 1 weights, 0.00 MB
+          %x: f32[3, 8]
+        before the blocks
+          %linear: f32[3, 8] = aten.linear(%x, weight=@layer.weight)
+          %add: f32[3, 8] = aten.add.Tensor(%linear, other=2.0)
+          %sum: f64[3, 1] = aten.sum.dim_IntList(%add, dim=[1], keepdim=True, dtype=f64)
+        return result=%sum
+        """
+    assert text_of(graph) == textwrap.dedent(expected)
+    assert parts not in graph.nodes
+
+
+def test_several_results_and_integers_have_types(captured) -> None:
+    graph = graph_of({"x": torch.zeros(3, WIDTH)})
+    parts = graph.call(
+        aten.split_with_sizes.default, graph.inputs[0], [3, 5], 1, before=graph.output
+    )
+    assert "%split_with_sizes: (f32[3, 3], f32[3, 5]) = " in text_of(graph)
+    assert node_names(graph)[parts] == "split_with_sizes"
+    assert re.search(r"%sym_size: (batch|sequence) = aten.sym_size.int\(", text_of(captured("t5")))
+
+
+def test_blocks_are_headings(captured) -> None:
+    text = text_of(captured("t5"))
+    assert "\nencoder block encoder.0 encoder.block.0\n  attention\n" in text
+    assert "\ndecoder block decoder.2 decoder.block.2\n  attention\n" in text
+    assert "%decoder.1.cross-attention.scaled_dot_product_attention: f32[batch, 4, " in text
+
+
+def test_names_of_nodes_are_distinct() -> None:
+    graph = built([("linear", 0, 0), ("relu", 1, 0), ("linear", 2, 0), ("add", 3, 1)])
+    names = node_names(graph)
+    assert len(set(names.values())) == len(names)
+
+
+def test_dropping_a_sublayer_changes_its_own_lines_only(captured) -> None:
+    graph = captured("llama")
+    after = graph.copy()
+    dropped = after.blocks[1].sublayers[1]
+    operators = sum(node.op == "call_function" for node in dropped.nodes)
+    bypass(after, [dropped])
+    after.finish()
+    lines = changed(graph, after)
+    gone = [line for line in lines if line.startswith("-")]
+    # Its operators, the add, its heading, the title, and the two readers of the stream.
+    assert len(gone) == operators + 5
+    assert len(lines) - len(gone) == 3
+
+
+def test_dropping_a_block_renames_no_other(captured) -> None:
+    graph = captured("llama")
+    after = graph.copy()
+    bypass(after, after.blocks[0].sublayers)
+    after.finish()
+    lines = changed(graph, after)
+    assert [line for line in lines if "2.mlp" in line] == []
+    # The title, and the two readers of the stream that began behind block 0.
+    assert len([line for line in lines if line.startswith("+")]) == 3
+
+
+def test_equal_graphs_have_equal_texts(captured) -> None:
+    graph = captured("gpt2")
+    assert diff_of(graph, graph.copy()) == ""
+    assert text_of(graph) == str(graph)
+
+
+def test_the_text_does_not_depend_on_names_of_nodes(captured) -> None:
+    graph = captured("bert")
+    text = text_of(graph)
+    for number, node in enumerate(graph.nodes):
+        if node.op == "call_function":
+            node.name = f"renamed_{number}"
+    assert text_of(graph) == text
+
+
+@settings(max_examples=25, deadline=None)
+@given(programs())
+def test_every_operator_has_a_line_and_every_name_a_definition(program) -> None:
+    graph = built(program)
+    text = text_of(graph)
+    defined = re.findall(r"^ *%(\S+): ", text, flags=re.MULTILINE)
+    assert len(defined) == len(set(defined))
+    assert len(defined) == sum(node.op in {"call_function", "placeholder"} for node in graph.nodes)
+    used = set(re.findall(r"[(\[, =]%([^\s,:)\]]+)", text))
+    assert used <= set(defined)
+    places = {name: place for place, name in enumerate(defined)}
+    for line in text.splitlines():
+        found = re.match(r" *%(\S+): .* = (.*)", line)
+        if found:
+            sources = re.findall(r"%([^\s,)\]]+)", found.group(2))
+            assert all(places[source] < places[found.group(1)] for source in sources)
