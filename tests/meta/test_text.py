@@ -12,7 +12,7 @@ from tests.meta.source import ROOT, modules, tracked_files, tree_of
 _KEY = re.compile(r"\[([A-Z][A-Za-z]+\d{4}[a-z]?)\]")
 _MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|home|Users)/[\w.-]+")
 # Put together here, so that this file does not hold what it looks for.
-_UNFINISHED = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b|NotImplemented" r"Error")
+_UNFINISHED = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b|raise NotImplemented" r"Error")
 _TEXT = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".bib", ".cfg", ".json", ""}
 
 
