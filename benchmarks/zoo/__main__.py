@@ -1,4 +1,7 @@
-"""``python -m benchmarks.zoo [language-model | digits-vit | digits-cnn]``: train what is missing."""
+"""Train the models of the zoo that are not in the cache.
+
+``python -m benchmarks.zoo [language-model | digits-vit | digits-cnn]``
+"""
 
 from __future__ import annotations
 

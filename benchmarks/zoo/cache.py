@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -34,7 +33,7 @@ def cached(name: str, key: Mapping[str, Any], build: Callable[[Path], None]) -> 
     try:
         build(aside)
         (aside / "key.json").write_text(json.dumps(dict(key), indent=1, sort_keys=True))
-        os.replace(aside, folder)
+        aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder

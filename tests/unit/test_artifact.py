@@ -154,7 +154,7 @@ def test_a_manifest_that_is_not_text_is_one_error(saved: Path):
 
 def test_an_unknown_format_is_refused(saved: Path):
     edit_manifest(saved, lambda manifest: manifest.update(format=99))
-    with pytest.raises(ArtifactError, match="has format 99, this .* reads format 1"):
+    with pytest.raises(ArtifactError, match=r"has format 99, this .* reads format 1"):
         open_artifact(saved)
 
 
