@@ -60,7 +60,7 @@ def main() -> None:
         rows=rows,
         notes=(
             f"Blocks of {BLOCK} with float16 scales, {OVERHEAD} bits per weight on top in every "
-            "row of a budget; mixed plans choose among 2, 4 and 8 bits (embedding and head at least "
+            "row of a budget; mixed plans choose among 2, 4 and 8 bits (embedding, head at least "
             "4) and run with the 8-bit activations of the kernel.",
             "Uniform: every weight on the grid of that width, scales searched, activations "
             "not rounded; 3, 5 and 6 bits have no kernel and are a reference only.",
