@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from lamella.errors import VerificationError
 from lamella.ir import fake_values, ops
-from lamella.ir.torch_private import FakeTensorMode
+from lamella.ir.torch_private import FakeTensorMode, statically_known_true
 
 if TYPE_CHECKING:
     from lamella.ir.graph import Graph
