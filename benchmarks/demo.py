@@ -29,6 +29,7 @@ from lamella import api
 from lamella.backends.base import Executable
 from lamella.ir.huggingface import load_pretrained
 from lamella.ir.sources import Source
+from lamella.latency import Snapshots
 from lamella.passes.instruments import Progress
 from lamella.recipe import parse_passes
 from lamella.timing import measure
@@ -54,7 +55,9 @@ def main() -> int:
     console.print(f"all-MiniLM-L6-v2: {len(source.graph.blocks)} blocks; compiling …")
     start = time.perf_counter()
     passes = parse_passes(options.passes or RECIPE)
-    job = api.Compilation(passes, strict=True, instruments=(Progress(),))
+    job = api.Compilation(
+        passes, strict=True, instruments=(Progress(),), latency=Snapshots(sequence=TOKENS)
+    )
     compiled = job.run(source, samples=sentences(CALIBRATION))
     console.print(compiled.report.table())
     console.print(f"compiled in {time.perf_counter() - start:.1f} s; comparing with the original …")

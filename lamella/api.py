@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lamella import plugins
@@ -19,6 +19,7 @@ from lamella.data import Batch, Samples
 from lamella.ir.finite import check_weights
 from lamella.ir.graph import Graph
 from lamella.ir.sources import Inputs, Model, Source, read_model
+from lamella.latency import Snapshots
 from lamella.passes.base import Analyses, Analysis, Transform
 from lamella.passes.instruments import Instrument
 from lamella.passes.manager import run_passes
@@ -171,13 +172,17 @@ class Compilation:
         max_loss: Largest loss, or None.
         strict: Whether skipping something is an error.
         instruments: What watches the passes, for example a progress bar.
+        latency: Measures the time of a call after every pass; None measures nothing.
+        stage: Is told what begins: ``"reading the model"``, ``""`` before the passes, ….
     """
 
     passes: tuple[Transform, ...]
     backend: str | Backend = "onnxruntime"
     max_loss: float | None = None
     strict: bool = False
-    instruments: tuple[Instrument, ...] = field(default=())
+    instruments: tuple[Instrument, ...] = ()
+    latency: Snapshots | None = None
+    stage: Callable[[str], object] = str
 
     def run(
         self,
@@ -188,13 +193,20 @@ class Compilation:
         """Capture, edit and lower; a graph or source that is given stays as it is."""
         lowering = find_backend(self.backend)
         lowering.ensure_available()
+        self.stage("reading the model")
         source = model if isinstance(model, Source) else read(model, inputs)
         if isinstance(model, Source | Graph):
             source = Source(source.graph.copy(), source.tokenizer)
         lowering.check(source.graph)
+        self.stage("")
         report = self.edit(source, samples)
+        if self.latency is not None:
+            self.stage("measuring latency")
+            report = report.extended(latency=self.latency.measured(lowering))
+        self.stage(f"lowering to {lowering.name}")
         executable = lowering.lower(source.graph, report)
         executable.recipe = recipe_of(self.passes)
+        self.stage("")
         return executable
 
     def edit(self, source: Source, samples: SampleSource | None = None) -> Report:
@@ -206,7 +218,7 @@ class Compilation:
             samples=samples_for(source, samples),
             max_loss=self.max_loss,
             strict=self.strict,
-            instruments=self.instruments,
+            instruments=(*self.instruments, *([self.latency] if self.latency else ())),
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lamella.cli.console import errors_in_one_line, out, show_json
+from lamella.cli.console import Stages, errors_in_one_line, out, show_json
 from lamella.cli.lazy import api, inputs
 from lamella.rendering import bytes_text, seconds_text
 from lamella.timing import Timing, measure
@@ -33,17 +33,26 @@ def bench_artifacts(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Compare artifacts, taking turns (A B C A B C …); medians are shown."""
-    contenders: dict[str, Executable] = {}
-    if model is not None:
-        contenders[f"{Path(model).name} (original)"] = api.lower(api.capture(model), "eager")
-    for folder in artifacts:
-        contenders[str(folder)] = api.load(folder)
-    calls = {name: _call(one, batch, sequence) for name, one in contenders.items()}
-    timings = measure(calls, rounds=rounds)
+    with Stages() as stage:
+        stage("loading")
+        contenders = _contenders(artifacts, model)
+        calls = {name: _call(one, batch, sequence) for name, one in contenders.items()}
+        stage("timing")
+        timings = measure(calls, rounds=rounds)
     if as_json:
         show_json([_data(name, contenders[name], timings[name]) for name in contenders])
         return
     out.print(_table(contenders, timings, f"batch {batch}, sequence {sequence}, {rounds} rounds"))
+
+
+def _contenders(artifacts: list[Path], model: str | None) -> dict[str, Executable]:
+    """What is timed, by name; the original first."""
+    contenders: dict[str, Executable] = {}
+    # Artifacts first: they are checked in no time, and a model may take long to read.
+    loaded = {str(folder): api.load(folder) for folder in artifacts}
+    if model is not None:
+        contenders[f"{Path(model).name} (original)"] = api.lower(api.capture(model), "eager")
+    return contenders | loaded
 
 
 def _call(executable: Executable, batch: int, sequence: int) -> Callable[[], object]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.compile import pipeline_of
-from lamella.cli.console import errors_in_one_line, out, show_json
+from lamella.cli.console import Stages, errors_in_one_line, out, show_json
 from lamella.cli.lazy import api, bisect, sample_files
 
 
@@ -35,10 +35,13 @@ def bisect_recipe(
     """Find the pass, then the single edit, that first costs more than a loss."""
     pipeline = pipeline_of(recipe_file, passes or [])
     texts = None if samples is None else sample_files.read_samples(samples)
-    source = api.read(model)
-    data = api.samples_for(source, texts)
-    check = bisect.within_loss(source.graph, max_loss, data)
-    report = bisect.bisect(source.graph, pipeline, check, samples=data)
+    with Stages() as stage:
+        stage("reading the model")
+        source = api.read(model)
+        data = api.samples_for(source, texts)
+        stage("searching")
+        check = bisect.within_loss(source.graph, max_loss, data)
+        report = bisect.bisect(source.graph, pipeline, check, samples=data)
     if as_json:
         show_json(dataclasses.asdict(report))
     else:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamella.cli.console import errors_in_one_line, out, show_json
+from lamella.cli.console import Stages, errors_in_one_line, out, show_json
 from lamella.cli.lazy import api, instruments, recipe, sample_files
 
 
@@ -37,20 +37,29 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
         float | None, typer.Option(help="Stop when a pass costs more than this.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Skipping a layer is an error.")] = False,
+    latency: Annotated[
+        str | None,
+        typer.Option(help="Time the model after every pass, with this batch x sequence: 1x128."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile a model: edit it by passes and save something smaller and faster."""
     pipeline = pipeline_of(recipe_file, passes or [])
+    timed = None if latency is None else api.Snapshots.of(latency)
     texts = None if samples is None else sample_files.read_samples(samples)
-    job = api.Compilation(
-        pipeline,
-        backend,
-        max_loss=max_loss,
-        strict=strict,
-        instruments=(instruments.Progress(),),
-    )
-    executable = job.run(model, samples=texts)
-    executable.save(folder)
+    with Stages() as stage:
+        job = api.Compilation(
+            pipeline,
+            backend,
+            max_loss=max_loss,
+            strict=strict,
+            instruments=(instruments.Progress(),),
+            latency=timed,
+            stage=stage,
+        )
+        executable = job.run(model, samples=texts)
+        stage("saving")
+        executable.save(folder)
     _show(executable, folder, as_json)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 
 from lamella.errors import LamellaError
 
@@ -67,6 +68,27 @@ def errors_in_one_line() -> Generator[None]:
         if not settings.debug:
             err.print("this is a bug in lamella; `lamella --debug …` shows where", style="dim")
         raise SystemExit(1) from None
+
+
+class Stages:
+    """A spinner on stderr with what goes on; silent on anything but a terminal."""
+
+    def __init__(self) -> None:
+        self._status: Status | None = None
+
+    def __call__(self, text: str) -> None:
+        """Show `text`; an empty one shows nothing."""
+        if self._status is not None:
+            self._status.stop()
+        self._status = err.status(text) if text and err.is_terminal else None
+        if self._status is not None:
+            self._status.start()
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self("")
 
 
 def show_warnings() -> None:

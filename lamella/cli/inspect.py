@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lamella.cli.console import errors_in_one_line, out, show_json
+from lamella.cli.console import Stages, errors_in_one_line, out, show_json
 from lamella.cli.lazy import api, cost, ops
 from lamella.rendering import bytes_text
 
@@ -29,7 +29,9 @@ def inspect_model(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Show the blocks, operators and cost of a model."""
-    captured = api.capture(model)
+    with Stages() as stage:
+        stage("reading the model")
+        captured = api.capture(model)
     if graph:
         out.print(str(captured), markup=False, soft_wrap=True)
         return

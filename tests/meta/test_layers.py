@@ -25,8 +25,9 @@ ALLOWED = {
     "passes": _IR | {"rewrite", "rules"},
     "backends": _IR,
     "plugins": _IR | {"rewrite", "rules", "passes", "backends"},
+    "latency": _IR | {"passes", "backends"},
     "recipe": _IR | {"rewrite", "rules", "passes", "plugins"},
-    "api": _IR | {"rewrite", "rules", "passes", "backends", "plugins", "recipe"},
+    "api": _IR | {"rewrite", "rules", "passes", "backends", "plugins", "recipe", "latency"},
     "cli": _IR | {"rules", "passes", "backends", "plugins", "recipe", "api", "__init__"},
 }
 

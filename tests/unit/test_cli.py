@@ -76,9 +76,15 @@ def test_compile_writes_an_artifact_and_prints_the_report(lamella_cli, encoder, 
     assert "quantize-weights" in out
     assert lamella.load(tmp_path / "out").report.samples > 0
 
-    status, out, _ = lamella_cli("compile", encoder, *options, "-o", tmp_path / "out", "--json")
+    again = ("-o", tmp_path / "out", "--json", "--latency", "1x8", "--backend", "onnxruntime")
+    status, out, _ = lamella_cli("compile", encoder, *options, *again)
     assert status == 0
-    assert json.loads(out)["files"]["model.safetensors"] > 0
+    data = json.loads(out)
+    assert data["files"]["model.onnx"] > 0
+    assert [entry["subject"] for entry in data["latency"]] == [
+        "original",
+        "after 1. quantize-weights",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,7 @@ def test_compile_writes_an_artifact_and_prints_the_report(lamella_cli, encoder, 
         (["--backend", "egaer"], "did you mean 'eager'"),
         (["--samples", "nowhere.txt"], "there is no file or folder of samples"),
         (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
+        (["--latency", "fast"], "1x128"),
     ],
 )
 def test_bad_input_is_one_red_line_and_status_2(lamella_cli, encoder, tmp_path, arguments, message):
