@@ -205,6 +205,20 @@ def is_inplace(target: Any) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def written_arguments(target: Any) -> tuple[str, ...]:
+    """The names of the arguments that the operator writes into, from its schema."""
+    arguments = target._schema.arguments if is_inplace(target) else ()
+    return tuple(a.name for a in arguments if a.alias_info and a.alias_info.is_write)
+
+
+def may_return_alias(target: Any) -> bool:
+    """Whether the result of the operator may lie in the memory of its first argument."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.arguments or schema.arguments[0].alias_info is None:
+        return False
+    return any(result.alias_info is not None for result in schema.returns)
+
+
 _ASSERTS = frozenset(
     {
         aten._assert_tensor_metadata.default,

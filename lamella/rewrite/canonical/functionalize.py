@@ -167,9 +167,7 @@ def _view_again(graph: Graph, chain: Sequence[Node], whole: Node, write: Node) -
 
 def _written(write: Node) -> Node | None:
     """The one tensor that `write` writes into."""
-    target, *_ = parts_of(write)
-    arguments = target._schema.arguments
-    written = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+    written = ops.written_arguments(write.target)
     found = ops.bind(write).get(written[0]) if len(written) == 1 else None
     return found if isinstance(found, Node) else None
 
@@ -230,20 +228,13 @@ def _viewed(graph: Graph, node: Node) -> Node | None:
         return None
     source = node.args[0]
     if node.target is operator.getitem:
-        return source if _returns_alias(source.target) else None
-    if not _returns_alias(node.target) or ops.is_inplace(node.target):
+        return source if ops.may_return_alias(source.target) else None
+    if not ops.may_return_alias(node.target) or ops.is_inplace(node.target):
         return None
     name = str(node.target).split(".")[1]
     if name in _MAYBE_COPY and not _shares_memory(graph, node, source):
         return None
     return source
-
-
-def _returns_alias(target: Any) -> bool:
-    schema = getattr(target, "_schema", None)
-    if schema is None or not schema.arguments or schema.arguments[0].alias_info is None:
-        return False
-    return any(result.alias_info is not None for result in schema.returns)
 
 
 def _shares_memory(graph: Graph, node: Node, source: Node) -> bool:
