@@ -148,6 +148,24 @@ def load_artifact(
     return loader(artifact)
 
 
+def check_target(folder: Path) -> None:
+    """Refuse a place that can't be saved to, before what is saved there is computed.
+
+    Raises:
+        ArtifactError: `folder` holds something else, or its place can't be written.
+    """
+    folder = folder.absolute()
+    _refuse_foreign(folder)
+    place = folder.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ArtifactError(
+            f"{str(folder)!r} can't be written: {str(place)!r} is no folder, or you may not write "
+            f"there; choose another place"
+        )
+
+
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Refuse to write what will not fit.
 

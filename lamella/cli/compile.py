@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lamella.cli.console import Stages, errors_in_one_line, out, show_json
-from lamella.cli.lazy import api, instruments, recipe, sample_files
+from lamella.cli.lazy import api, artifact, instruments, recipe, sample_files
 
 
 @errors_in_one_line()
@@ -44,6 +44,7 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile a model: edit it by passes and save something smaller and faster."""
+    artifact.check_target(folder)
     pipeline = pipeline_of(recipe_file, passes or [])
     timed = None if latency is None else api.Snapshots.of(latency)
     texts = None if samples is None else sample_files.read_samples(samples)

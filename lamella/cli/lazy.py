@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamella import api, plugins, recipe, sample_files
-    from lamella.backends import inputs
+    from lamella.backends import artifact, inputs
     from lamella.ir import ops
     from lamella.passes import bisect, instruments, options
     from lamella.passes.analyses import cost
@@ -23,6 +23,7 @@ else:
             return getattr(importlib.import_module(self._name), attribute)
 
     api = _Lazy("lamella.api")
+    artifact = _Lazy("lamella.backends.artifact")
     bisect = _Lazy("lamella.passes.bisect")
     cost = _Lazy("lamella.passes.analyses.cost")
     inputs = _Lazy("lamella.backends.inputs")
@@ -35,6 +36,7 @@ else:
 
 __all__ = [
     "api",
+    "artifact",
     "bisect",
     "cost",
     "inputs",

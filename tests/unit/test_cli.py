@@ -117,6 +117,15 @@ def test_a_model_that_is_not_there_is_one_line(lamella_cli, tmp_path):
     assert "no saved executable" in err
 
 
+def test_a_place_that_can_not_be_written_is_refused_before_any_work(lamella_cli, tmp_path):
+    (tmp_path / "file").write_text("text")
+    for place in (tmp_path / "file", tmp_path / "file" / "out", tmp_path):
+        status, _, err = lamella_cli("compile", "nowhere", "--out", place)
+        assert status == 2
+        assert "nowhere" not in err
+        assert str(place) in err
+
+
 def test_debug_shows_the_traceback(lamella_cli, tmp_path, monkeypatch):
     monkeypatch.setattr(console.settings, "debug", False)
     status, _, err = lamella_cli("--debug", "bench", tmp_path / "nowhere")
