@@ -176,6 +176,14 @@ def test_shape_that_depends_on_data_is_refused_by_name():
     assert "Reshape 'bad'" in caught.value.__notes__[0]
 
 
+def test_attribute_of_a_runtime_operator_that_is_not_known_is_refused():
+    attention = node(
+        "MultiHeadAttention", ["x", "x", "x"], ["y"], domain="com.microsoft", num_heads=2, window=4
+    )
+    with pytest.raises(CaptureError, match="attribute window is not supported"):
+        read_onnx(model([attention], [tensor_input("x", ["n", 3, 4])], ["y"]))
+
+
 def test_mistake_in_the_model_names_the_node_and_its_shapes():
     proto = model(
         [node("MatMul", ["x", "z"], ["y"], name="/block/MatMul")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -13,7 +14,7 @@ from lamella.ir.onnx.table.attention import attended, join_heads, rotated, split
 from lamella.ir.onnx.table.contraction import fused_matmul
 from lamella.ir.onnx.table.normalization import normalized, rms_norm, root_mean_square
 from lamella.ir.onnx.table.shapes import reshaped
-from lamella.ir.onnx.values import Op, Result, Table, Value
+from lamella.ir.onnx.values import Handler, Op, Result, Table, Value
 
 aten = torch.ops.aten
 lam = torch.ops.lamella
@@ -54,6 +55,7 @@ def multi_head_attention(g: Builder, op: Op) -> Result:
     """Attention of separate queries, keys and values, ``[batch, sequence, features]``."""
     query, key, value, bias = op[0], op[1], op[2], op.optional(3)
     op.need(g.rank(query) == 3, "packed queries, keys and values")
+    op.need(all(value is None for value in op.inputs[8:]), "a shared cache")
     heads = op.attribute("num_heads")
     if bias is not None:
         query, key, value = _biased(g, (query, key, value), bias)
@@ -157,20 +159,40 @@ def gather_nbits(g: Builder, op: Op) -> Result:
     return g.call(lam.embedding_nbits.default, packed, scales, zeros, *rest)
 
 
-TABLE: Table = MappingProxyType(
-    {
-        "BiasGelu": bias_gelu,
-        "FastGelu": bias_gelu,
-        "FusedMatMul": fused_matmul,
-        "GatherBlockQuantized": gather_nbits,
-        "Gelu": bias_gelu,
-        "MatMulNBits": matmul_nbits,
-        "MultiHeadAttention": multi_head_attention,
-        "QuickGelu": swish,
-        "RotaryEmbedding": rotary,
-        "SimplifiedLayerNormalization": rms_norm,
-        "SkipLayerNormalization": skip_norm,
-        "SkipSimplifiedLayerNormalization": skip_norm,
-    }
-)
+_KNOWN: Mapping[str, tuple[Handler, str]] = {
+    # Operator -> builder, and the attributes that it knows.
+    "BiasGelu": (bias_gelu, ""),
+    "FastGelu": (bias_gelu, ""),
+    "FusedMatMul": (fused_matmul, "alpha transA transB transBatchA transBatchB"),
+    "GatherBlockQuantized": (gather_nbits, "bits block_size gather_axis quantize_axis"),
+    "Gelu": (bias_gelu, ""),
+    "MatMulNBits": (matmul_nbits, "K N accuracy_level bits block_size"),
+    "MultiHeadAttention": (
+        multi_head_attention,
+        "mask_filter_value num_heads scale unidirectional",
+    ),
+    "QuickGelu": (swish, "alpha"),
+    "RotaryEmbedding": (rotary, "interleaved num_heads rotary_embedding_dim"),
+    "SimplifiedLayerNormalization": (rms_norm, "axis epsilon stash_type"),
+    "SkipLayerNormalization": (skip_norm, "epsilon"),
+    "SkipSimplifiedLayerNormalization": (skip_norm, "epsilon"),
+}
+
+
+def _checked(build: Handler, names: str) -> Handler:
+    """`build`, for nodes that say nothing beyond `names`.
+
+    Operators of this domain have no versions: what a newer attribute means is not known.
+    """
+    known = names.split()
+
+    def checked(g: Builder, op: Op) -> Result:
+        unknown = [name for name, value in op.attributes.items() if name not in known and value]
+        op.need(not unknown, f"attribute {', '.join(unknown)}")
+        return build(g, op)
+
+    return checked
+
+
+TABLE: Table = MappingProxyType({kind: _checked(*entry) for kind, entry in _KNOWN.items()})
 """ONNX Runtime operator -> builder."""
