@@ -290,6 +290,9 @@ def test_names_of_inputs_and_outputs_are_those_of_the_signature(net: nn.Module):
     model = write_onnx(graph_of(net))
     assert [value.name for value in model.graph.inputs] == ["x", "mask"]
     assert [value.name for value in model.graph.outputs] == ["out", "mask.out"]
+    shapes = [str(value.shape) for value in (*model.graph.inputs, *model.graph.outputs)]
+    sizes = "batch,sequence"
+    assert shapes == [f"[{sizes},8]", f"[{sizes}]", f"[{sizes},8]", f"[{sizes}]"]
     assert {"up.weight", "up.bias", "down.weight", "down.bias"} <= set(model.graph.initializers)
 
 

@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+import sympy
 from torch import Tensor
 from torch.fx import Node
 
 from lamella.backends.onnxruntime.emission import MICROSOFT, Call, Emission, Emitter, Options
 from lamella.backends.onnxruntime.emit import EMITTERS
-from lamella.backends.onnxruntime.extents import is_fixed
 from lamella.backends.onnxruntime.types import onnx_type
 from lamella.backends.onnxruntime.weights import place_weight
 from lamella.errors import BackendError, UnsupportedError
 from lamella.ir import ops
 from lamella.ir.graph import Graph
+from lamella.ir.symbols import named, size_of, symbol_names
+
+Names = Mapping[sympy.Symbol, str]
 
 _log = logging.getLogger(__name__)
 
@@ -74,13 +77,14 @@ def write_onnx(
     for output in outputs:
         if output.name is not None:
             e.unique(output.name)
-    inputs = list(_inputs(e))
+    names = symbol_names(graph)
+    inputs = list(_inputs(e, names))
     for node in graph.nodes:
         if node.op == "get_attr":
             place_weight(e, node)
         elif node.op == "call_function":
             _emit(e, node, emitters)
-    results = _results(e, outputs)
+    results = _results(e, outputs, names)
     return _model(e, inputs, results)
 
 
@@ -121,10 +125,10 @@ def _named_inputs(graph: Graph) -> Iterator[tuple[str, Node]]:
             yield name, node
 
 
-def _inputs(e: Emission) -> Iterator[ir.Value]:
+def _inputs(e: Emission, names: Names) -> Iterator[ir.Value]:
     for name, node in _named_inputs(e.graph):
         held = node.meta["val"]
-        value = ir.Value(name=e.unique(name), type=_type(held), shape=_shape(held))
+        value = ir.Value(name=e.unique(name), type=_type(held), shape=_shape(held, names))
         e.values[node], e.scope = value, name
         for axis, size in enumerate(held.shape):
             if str(size).isidentifier():
@@ -156,7 +160,7 @@ def _emit(e: Emission, node: Node, emitters: Mapping[Callable[..., Any], Emitter
         raise
 
 
-def _results(e: Emission, outputs: tuple[Output, ...]) -> list[ir.Value]:
+def _results(e: Emission, outputs: tuple[Output, ...], names: Names) -> list[ir.Value]:
     """The outputs under their names; each is written by a node of its own name."""
     results: list[ir.Value] = []
     for output, node in zip(outputs, e.graph.outputs, strict=True):
@@ -170,7 +174,7 @@ def _results(e: Emission, outputs: tuple[Output, ...]) -> list[ir.Value]:
             value = e.op("Identity", value)
         value.name = output.name
         value.type = _type(held) if isinstance(held, Tensor) else ir.TensorType(ir.DataType.INT64)
-        value.shape = _shape(held) if isinstance(held, Tensor) else ir.Shape([])
+        value.shape = _shape(held, names) if isinstance(held, Tensor) else ir.Shape([])
         results.append(value)
     return results
 
@@ -226,5 +230,6 @@ def _type(held: Tensor) -> ir.TensorType:
     return ir.TensorType(onnx_type(held.dtype))
 
 
-def _shape(held: Tensor) -> ir.Shape:
-    return ir.Shape([int(size) if is_fixed(size) else str(size) for size in held.shape])
+def _shape(held: Tensor, names: Names) -> ir.Shape:
+    sizes = [size_of(size) for size in held.shape]
+    return ir.Shape([size if isinstance(size, int) else named(size, names) for size in sizes])
