@@ -257,6 +257,13 @@ def test_file_that_is_no_model_is_refused(tmp_path, data):
         read_onnx(path)
 
 
+def test_name_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(GOOD.replace(b"\x01x", b"\x01\xff"))
+    with pytest.raises(ModelFileError, match="not text"):
+        read_onnx(path)
+
+
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(ModelFileError, match="No such file"):
         read_onnx(tmp_path / "absent.onnx")

@@ -58,6 +58,7 @@ def open_model(source: str | os.PathLike[str] | ir.Model | onnx.ModelProto) -> M
         path = Path(source)
         model = _deserialize(_parse(path), str(path))
         opened = ModelFile(model, ExternalFiles(path.parent), path)
+    _check_names(opened.model)
     _check_versions(opened.model)
     _check_growth(opened.model)
     for owner, tensor in _all_tensors(opened.model):
@@ -156,6 +157,26 @@ def _base_folder(model: ir.Model) -> Path | None:
             f"the external data of the model lies in several folders: {', '.join(sorted(folders))}"
         )
     return Path(folders.pop()) if folders else None
+
+
+def _check_names(model: ir.Model) -> None:
+    """Refuse names that are not text, which protobuf hands out as bytes."""
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    while graphs:
+        graph = graphs.pop()
+        values: list[ir.Value | None] = [*graph.inputs, *graph.outputs]
+        for node in graph:
+            graphs.extend(_subgraphs(node))
+            values += [*node.inputs, *node.outputs]
+            for name in (node.name, node.op_type, node.domain, *node.attributes):
+                _check_text(name)
+        for value in values:
+            _check_text(None if value is None else value.name)
+
+
+def _check_text(name: object) -> None:
+    if name is not None and not isinstance(name, str):
+        raise ModelFileError(f"the model holds a name that is not text: {name!r}")
 
 
 def _check_versions(model: ir.Model) -> None:
