@@ -178,6 +178,23 @@ class Odd(nn.Module):
         return torch.lgamma(x) + torch.erfinv(x) + torch.lgamma(x + 1)
 
 
+def test_a_model_in_bfloat16_is_refused_with_what_to_do():
+    model = Net().eval().to(torch.bfloat16)
+    given = inputs(2, 5)
+    graph = capture_module(model, {**given, "x": given["x"].to(torch.bfloat16)})
+    with pytest.raises(BackendError, match=r"bfloat16 .* convert it with model\.float\(\)"):
+        BACKEND.lower(graph)
+
+
+def test_a_model_in_float16_runs():
+    model = Net().eval().to(torch.float16)
+    given = inputs(2, 5)
+    given["x"] = given["x"].to(torch.float16)
+    got = BACKEND.lower(capture_module(model, given))(**given)
+    # float16 has eleven bits.
+    torch.testing.assert_close(got["out"], model(**given)["out"], rtol=0, atol=4e-3)
+
+
 def test_every_operator_without_an_emitter_is_listed_at_once():
     graph = capture_module(Odd(), {"x": torch.rand(2, 3)})
     assert BACKEND.unsupported(graph) == {"aten.lgamma.default": 2, "aten.erfinv.default": 1}

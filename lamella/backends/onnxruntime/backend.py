@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from lamella.backends.artifact import Artifact
 from lamella.backends.base import Backend
 from lamella.backends.inputs import specs_from_json, specs_of
@@ -13,7 +16,7 @@ from lamella.backends.onnxruntime.executable import OnnxExecutable, OnnxFiles, f
 from lamella.backends.onnxruntime.files import MODEL, Scratch, save_model, weight_bytes
 from lamella.backends.onnxruntime.session import CPU, Session, require
 from lamella.backends.onnxruntime.writer import outputs_of, unsupported, write_onnx
-from lamella.errors import ArtifactError
+from lamella.errors import ArtifactError, BackendError
 from lamella.ir.graph import Graph
 from lamella.ir.signature import Signature
 from lamella.report import Report
@@ -57,11 +60,14 @@ class OnnxRuntimeBackend(Backend):
 
         Raises:
             UnsupportedError: Some operators can't be lowered; all are listed.
+            BackendError: The model computes in bfloat16, which the CPU has no kernels for.
             ProviderError: The package or the provider is missing or did not load.
             OSError: The disk is full.
         """
         self.ensure_available()
         self.check(graph)
+        if self.provider == CPU:
+            _refuse_bfloat16(graph)
         model = write_onnx(graph, opset=self.opset, contrib=self.contrib)
         scratch = Scratch(self.scratch)
         save_model(model, scratch.path)
@@ -85,3 +91,14 @@ class OnnxRuntimeBackend(Backend):
         session = Session(artifact.folder / MODEL, provider=self.provider, threads=self.threads)
         inputs = specs_from_json(described.inputs)
         return OnnxExecutable(files, session, signature, inputs, report)
+
+
+def _refuse_bfloat16(graph: Graph) -> None:
+    """Say early, and in words, what ONNX Runtime would say of some node of the file."""
+    values = [node.meta.get("val") for node in graph.nodes]
+    count = sum(isinstance(v, Tensor) and v.dtype == torch.bfloat16 for v in values)
+    if count:
+        raise BackendError(
+            f"the model computes in bfloat16 ({count} values), for which onnxruntime has no "
+            f"kernels on the CPU; convert it with model.float() before capture"
+        )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,9 +68,7 @@ class Session:
         self._session.disable_fallback()
         self._ort = ort
         self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
-        outputs = self._session.get_outputs()
-        self.outputs: tuple[str, ...] = tuple(o.name for o in outputs)
-        self._booleans = frozenset(o.name for o in outputs if o.type == "tensor(bool)")
+        self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
         """The outputs `names`; they own their memory, and share none with the inputs.
@@ -77,21 +76,16 @@ class Session:
         Raises:
             BackendError: An operator failed, for example on sizes that do not fit together.
         """
-        make = self._ort.OrtValue.from_dlpack
-        values = {name: make(_plain(tensor)) for name, tensor in feeds.items()}
+        arrays = {name: _array_of(tensor) for name, tensor in feeds.items()}
         try:
-            results = self._session.run_with_ort_values(list(names), values)
+            # The arrays that come back own the memory of the runtime: nothing is copied.
+            results = self._session.run(list(names), arrays)
         except _refusals(self._ort) as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
             raise BackendError(
                 f"onnxruntime failed on inputs of shape {shapes}: {_told(error)}"
             ) from error
-        return [self._tensor(name, v) for name, v in zip(names, results, strict=True)]
-
-    def _tensor(self, name: str, value: Any) -> Tensor:
-        # The wrapper of ONNX Runtime has no __dlpack__, what it wraps does.
-        tensor = torch.from_dlpack(value._get_c_value())
-        return tensor.view(torch.bool) if name in self._booleans else tensor
+        return [torch.from_numpy(array) for array in results]
 
 
 def require(provider: str) -> None:
@@ -136,22 +130,9 @@ def _refusals(ort: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(state, name) for name in names if hasattr(state, name))
 
 
-def _plain(tensor: Tensor) -> Any:
-    """The tensor as DLPack can hand it over: without gradient, contiguous, in main memory."""
-    plain = tensor.detach().to("cpu").contiguous()
-    return _Booleans(plain) if plain.dtype == torch.bool else plain
-
-
-class _Booleans:
-    """Booleans as ONNX Runtime takes them: it looks at the dtype, and wants bytes."""
-
-    dtype = torch.bool
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._bytes = tensor.view(torch.uint8)
-
-    def __dlpack__(self) -> Any:
-        return self._bytes.__dlpack__()
+def _array_of(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The memory of a tensor, without its gradient; another device costs a copy."""
+    return tensor.detach().to("cpu").contiguous().numpy()
 
 
 def _told(error: Exception) -> str:

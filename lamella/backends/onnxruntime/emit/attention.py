@@ -2,7 +2,7 @@
 
 From opset 23 on it is a standard operator, with the semantics of PyTorch (broadcast masks,
 rows without a key are zero, grouped queries, causal from the upper left), and faster in ONNX
-Runtime than `com.microsoft.MultiHeadAttention` (measured, see `benchmarks/onnx_writer.py`).
+Runtime than `com.microsoft.MultiHeadAttention` (`benchmarks/onnx_kernels.py`).
 It also takes heads side by side, ``[batch, sequence, heads * width]``, as the projections
 write them, so that no transposition is left.
 """
