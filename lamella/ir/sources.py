@@ -93,7 +93,7 @@ def _from_path(path: Path, inputs: Inputs | None, dynamic: bool) -> Source:
         model, tokenizer = load_pretrained(path)
         return Source(capture_pretrained(model, inputs, dynamic=dynamic), tokenizer)
     if path.suffix == ".onnx":
-        return Source(read_onnx(path))
+        return Source(read_onnx(path, inputs, dynamic=dynamic))
     if path.suffix == ".pt2":
         return Source(capture_program(read_program(path)))
     if path.suffix in _PICKLES:
