@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Iterator
 
@@ -18,6 +19,8 @@ from benchmarks.record import Result
 from benchmarks.zoo.language_model import language_model, perplexity, windows
 from lamella.ir.graph import Graph
 from lamella.passes.sites import find_sites
+
+logger = logging.getLogger(__name__)
 
 BUDGETS = (8, 6, 5, 4, 3)
 SCORES = ("fisher", "kl", "output-error", "weight-error", "lim", "zd", "size", "random")
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="*", default=list(BUDGETS))
     parser.add_argument("--scores", nargs="*", default=list(SCORES))
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     folder = language_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     test = windows(tokenizer, "test", 256, options.rows)
@@ -52,7 +56,9 @@ def main() -> None:
         rows.append(_uniform(graph, budget, test))
         for score in options.scores:
             seeds = RANDOM_SEEDS if score == "random" else (0,)
-            rows += [_allocated(graph, budget, score, seed, samples, test) for seed in seeds]
+            for seed in seeds:
+                rows.append(_allocated(graph, budget, score, seed, samples, test))
+                logger.info("%s", rows[-1])
     Result(
         name="bits",
         title=f"Perplexity of the trained language model on {test.numel()} unseen tokens",
