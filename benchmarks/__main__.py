@@ -1,0 +1,39 @@
+"""Run the benchmarks one after the other and put their tables into the documents.
+
+``python -m benchmarks [NAME ...]``; the first run trains the models of the zoo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+SCRIPTS = {
+    "demo": ("benchmarks.demo", "--record"),
+    "onnx-writer": ("benchmarks.onnx_writer",),
+    "onnx-kernels": ("benchmarks.onnx_kernels",),
+    "manager": ("benchmarks.manager",),
+    "big-model": ("benchmarks.big_model",),
+    "drop": ("benchmarks.drop",),
+    "bits": ("benchmarks.bits",),
+}
+
+
+def main() -> int:
+    """Run the benchmarks that are named, or all; each in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"among {', '.join(SCRIPTS)}")
+    names = parser.parse_args().names or list(SCRIPTS)
+    unknown = [name for name in names if name not in SCRIPTS]
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(SCRIPTS)}")
+    for name in names:
+        done = subprocess.run([sys.executable, "-m", *SCRIPTS[name]], check=False)
+        if done.returncode:
+            return done.returncode
+    return subprocess.run([sys.executable, "-m", "benchmarks.readme"], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
