@@ -12,6 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
+SETTLE_SECONDS = 0.02
+"""Pause before a call: idle threads of the candidate before it spin for a while on the cores."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """How long one call takes.
@@ -47,6 +51,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(-warmup, rounds):
         for name, call in candidates.items():
+            time.sleep(SETTLE_SECONDS)
             start = time.perf_counter()
             call()
             if turn >= 0:
