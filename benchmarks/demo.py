@@ -34,7 +34,7 @@ from lamella.passes.instruments import Progress
 from lamella.recipe import parse_passes
 from lamella.timing import measure
 
-RECIPE = ("allocate-bits budget=6.5 choices=4,8", "quantize-weights")
+RECIPE = ("allocate-bits budget=6.5 choices=4,8 block=128", "quantize-weights")
 CALIBRATION = 32
 HELD_OUT = 500
 TOKENS = 128
