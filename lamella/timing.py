@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-
 SETTLE_SECONDS = 0.02
 """Pause before a call: idle threads of the candidate before it spin for a while on the cores."""
 
