@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from torch import Tensor
 
 from lamella.backends.artifact import Artifact, Description, save_artifact
+from lamella.backends.decoder import Decoder, GrowingDecoder
 from lamella.backends.inputs import InputSpec
-from lamella.errors import UnsupportedError
+from lamella.errors import GenerationError, UnsupportedError
+from lamella.ir.cache import CacheLayout
 from lamella.ir.signature import Signature
 
 if TYPE_CHECKING:
@@ -61,6 +63,17 @@ class Executable(abc.ABC):
         Raises:
             SamplesError: An input is of another dtype or shape than the model takes.
         """
+
+    def decoder(self, layout: CacheLayout) -> Decoder:
+        """The executable of a graph with a cache as a decoder.
+
+        Args:
+            layout: The cache of the graph that was lowered.
+
+        Raises:
+            BackendError: The graph takes something that generation has nothing to give for.
+        """
+        return GrowingDecoder(self.run, layout, self.inputs, self.signature.outputs)
 
     @property
     @abc.abstractmethod
@@ -124,6 +137,20 @@ class Backend(abc.ABC):
         Raises:
             UnsupportedError: Some operators can't be lowered; all are listed.
         """
+
+    @final
+    def decoder(self, step: Graph, report: Report | None = None) -> Decoder:
+        """A decoder of a graph that continues from a cache, see `rewrite.incremental`.
+
+        Raises:
+            GenerationError: The graph has no cache.
+            UnsupportedError: Some operators can't be lowered; all are listed.
+        """
+        if step.cache is None:
+            raise GenerationError(
+                "the graph has no cache; make one that has with lamella.rewrite.incremental"
+            )
+        return self.lower(step, report).decoder(step.cache)
 
     @abc.abstractmethod
     def load(self, artifact: Artifact) -> Executable:
