@@ -7,6 +7,8 @@
     │   └── VerificationError   a graph breaks an invariant (all violations listed)
     ├── MissingRuleError        a rule table has no entry for an operator
     ├── RewriteError            a rewrite rule did something illegal
+    ├── IncrementalError        a graph can't continue from a cache
+    ├── GenerationError         text can't be generated as asked (also a ValueError)
     ├── PassError               a pass failed; names pass, node and operator
     │   ├── LossError           a pass cost more than `max_loss`
     │   └── NumericError        an exact pass changed the outputs
@@ -55,6 +57,14 @@ class MissingRuleError(LamellaError):
 
 class RewriteError(LamellaError):
     """A rewrite rule returned something that can't replace what it matched."""
+
+
+class IncrementalError(LamellaError):
+    """A graph can't be made to continue from a cache; the message says which operation, why."""
+
+
+class GenerationError(LamellaError, ValueError):
+    """Text can't be generated as asked: no cache, a prompt too long, a mask that doesn't fit."""
 
 
 class PassError(LamellaError):

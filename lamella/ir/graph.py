@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from lamella.errors import GraphError
 from lamella.ir import fake_values, ops
+from lamella.ir.cache import CacheLayout
 from lamella.ir.edits import Edit, StopEditing
 from lamella.ir.quantize import Format
 from lamella.ir.signature import Signature
@@ -55,6 +56,8 @@ class Graph:
         self._last_edit: Edit | None = None
         self._edit_limit: int | None = None
         self._author = "capture"
+        # What the graph keeps between calls, if it continues from a cache.
+        self.cache: CacheLayout | None = None
         self._fake_mode: FakeTensorMode | None = None
 
     # ---- looking ------------------------------------------------------------------------
@@ -267,11 +270,36 @@ class Graph:
             node.update_kwarg(name, value)
         self._touch("set_operand", node)
 
+    def reread(self, node: Node, old: Node, new: Node) -> None:
+        """Let `node` read `new` wherever it read `old`; fake values downstream are kept."""
+        node.replace_input_with(old, new)
+        self._touch("reread", node)
+
     def set_outputs(self, outputs: Iterable[Any], signature: Signature) -> None:
         """Replace the flat outputs, and the signature that names them."""
         self.output.args = (tuple(outputs),)
         self.signature = signature
         self._touch("set_outputs", self.output)
+
+    def add_input(self, name: str, value: Tensor) -> Node:
+        """A new placeholder after the others; `value` is fake. Then `set_outputs` names it.
+
+        Raises:
+            GraphError: The name is taken.
+        """
+        if any(str(node.target) == name for node in self.inputs):
+            raise GraphError(f"the graph has an input called {name!r} already")
+        last = self.inputs[-1]
+        with self._module.graph.inserting_after(last):
+            node = self._module.graph.create_node("placeholder", name)
+        node.meta.update(val=value, author=self._author)
+        self._touch("add_input", node)
+        return node
+
+    def set_value(self, node: Node, value: Any) -> None:
+        """Give an input another fake value; `refresh` what depends on it."""
+        node.meta["val"] = value
+        self._touch("set_value", node)
 
     def remove_input(self, node: Node, signature: Signature) -> None:
         """Remove a placeholder that nothing reads, and give the signature without it.
@@ -383,7 +411,7 @@ class Graph:
             set_tensor(root, str(node.target), self._tensor(str(node.target)))
         module = fx.GraphModule(root, twin)
         graph = Graph(module, self.signature, origin=self.origin, source=self.source)
-        graph.plan = self.plan
+        graph.plan, graph.cache = self.plan, self.cache
         graph._fake_mode = self._fake_mode
         graph._edits = graph._compiled = self._edits
         return graph
@@ -393,7 +421,7 @@ class Graph:
         twin = saved.copy()
         self._module = twin._module
         self.signature, self.origin, self.source = twin.signature, twin.origin, twin.source
-        self.plan = twin.plan
+        self.plan, self.cache = twin.plan, twin.cache
         self._touch("restore")
 
     def __str__(self) -> str:

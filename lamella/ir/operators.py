@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,7 +146,8 @@ def grouped_linear(input: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return output
 
 
-def _define(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register ``lamella::name`` with its kernel and the shapes of its results."""
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -170,31 +172,31 @@ def _fake_embedding_nbits(  # noqa: PLR0913  (the arguments of the operator)
     return scales.new_empty((*indices.shape, features))
 
 
-_define(
+define(
     "rotary_embedding(Tensor input, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor",
     rotary_embedding,
     lambda input, cos, sin, interleaved=False: torch.empty_like(
         input, memory_format=torch.contiguous_format
     ),
 )
-_define(
+define(
     "linear_nbits(Tensor input, Tensor packed, Tensor scales, Tensor? zero_points, Tensor? bias, "
     "int bits, int block, bool int8_activations) -> Tensor",
     linear_nbits,
     _fake_linear_nbits,
 )
-_define(
+define(
     "embedding_nbits(Tensor packed, Tensor scales, Tensor? zero_points, Tensor indices, int bits, "
     "int block, int features) -> Tensor",
     embedding_nbits,
     _fake_embedding_nbits,
 )
-_define(
+define(
     "selective_scan(Tensor input, Tensor delta, Tensor a, Tensor b, Tensor c) -> Tensor",
     selective_scan,
     lambda input, delta, a, b, c: torch.empty_like(input, memory_format=torch.contiguous_format),
 )
-_define(
+define(
     "grouped_linear(Tensor input, Tensor weight, Tensor offsets) -> Tensor",
     grouped_linear,
     lambda input, weight, offsets: input.new_empty((input.shape[0], weight.shape[1])),

@@ -18,7 +18,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-import lamella.ir.operators  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
+import lamella.ir.cached_operators  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 
 aten = torch.ops.aten
 lam = torch.ops.lamella
@@ -126,6 +126,7 @@ def _others(add: Callable[..., None]) -> None:
     add("contraction", aten.matmul.default, aten.einsum.default, linear_in=("self", "other"))
     add("contraction", lam.grouped_linear.default, weights=("weight",), linear_in=("input",))
     add("attention", aten.scaled_dot_product_attention.default, linear_in=("value",))
+    add("attention", lam.cached_attention.default, linear_in=("value", "past_value"))
     add("normalization", aten.layer_norm.default, aten.rms_norm.default, weights=("weight", "bias"))
     add("normalization", aten.group_norm.default, weights=("weight", "bias"))
     add(
@@ -148,7 +149,7 @@ def _others(add: Callable[..., None]) -> None:
     add("pooling", aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default)
     add("pooling", aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec)
     add("pooling", aten.upsample_bicubic2d.vec)
-    add("scan", lam.selective_scan.default)
+    add("scan", lam.selective_scan.default, lam.cached_selective_scan.default)
     add("shape", aten.sym_size.int, operator.add, operator.sub, operator.mul)
     add("shape", operator.floordiv, operator.mod, operator.neg, torch.sym_max, torch.sym_min)
 
