@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from lamella.errors import IncrementalError
 from lamella.ir import ops
@@ -71,7 +72,8 @@ class Builder:
         self.past = symbolic_size(graph.fake_mode(), "past", _PAST_EXAMPLE)
         self.mask = self._mask_input()
         self.slots: list[tuple[Slot, Node, Node | None]] = []
-        self._fills: dict[Node, tuple[Any, ...]] = {}
+        self._written: dict[Node, tuple[Any, Any]] = {}
+        self._fresh: dict[Node, Node] = {}
         self.once_names: dict[Node, str] = {}
         self._position_input: Node | None = None
         self.positions_from: Positions = "index"
@@ -114,8 +116,7 @@ class Builder:
         self.lengths = Lengths(self.graph, self.tokens, self.mask)
         for node in self.graph.nodes:
             if self.roles.get(node) is Role.LENGTH:
-                if node.target is aten.full.default:
-                    self._fills[node] = node.args
+                self._written[node] = (node.args, dict(node.kwargs))
                 self.lengths.use_total(node)
         for node in self.graph.nodes:
             if is_size(node) and self._reads_sequence(node):
@@ -200,23 +201,45 @@ class Builder:
     def _aligned(self, node: Node, source: Node) -> Node:
         """`source` cut on the axes where it meets the rows of `node`."""
         facts = ops.facts(node.target)
-        if source in self._fills and (facts is None or facts.category != "elementwise"):
-            # A buffer that new tokens are written into is as long as they are.
-            args = self._fills[source]
-            return self.graph.call(aten.full.default, *args, before=node, **source.kwargs)
-        if facts is None or facts.category not in ("elementwise", "attention"):
-            raise IncrementalError(
-                f"{node.name} ({ops.op_name(node.target)}) mixes new tokens with "
-                f"{source.name}, which depends on all positions; there is no rule for that"
-            )
-        if facts.category == "attention":
+        category = "" if facts is None else facts.category
+        if category == "attention":
             return self.rows.of(source, len(shape_of(source)) - 2)
+        if category != "elementwise" or self._is_flat(source):
+            return self._for_new(source, node)
         rank, cut = len(shape_of(node)), source
         for axis, size in enumerate(shape_of(source)):
             aligned = shape_of(node)[axis + rank - len(shape_of(source))]
             if self.rows.whole(size) and aligned == self.length:
                 cut = self.rows.of(cut, axis, counted=True)
         return cut
+
+    def _is_flat(self, node: Node) -> bool:
+        """Whether the rows of a value are those of all samples in one axis."""
+        sizes = [s for s in shape_of(node) if not isinstance(s, int)]
+        return any(s.has(self.length) and not self.rows.whole(s) for s in sizes)
+
+    def _for_new(self, source: Node, reader: Node) -> Node:
+        """A buffer, or a count of rows, made as long as the new tokens are.
+
+        Raises:
+            IncrementalError: It is more than that.
+        """
+        if self.roles.get(source) is not Role.LENGTH:
+            return source
+        if source not in self._written or source.op == "placeholder":
+            raise IncrementalError(
+                f"{reader.name} ({ops.op_name(reader.target)}) mixes new tokens with "
+                f"{source.name}, which depends on all positions; there is no rule for that"
+            )
+        if source not in self._fresh:
+
+            def renewed(value: Node) -> Node:
+                return self._for_new(value, reader)
+
+            args, kwargs = map_arg(self._written[source], renewed)
+            assert callable(source.target)
+            self._fresh[source] = self.graph.call(source.target, *args, after=source, **kwargs)
+        return self._fresh[source]
 
     def _positions_of(self, node: Node) -> Node | None:
         """The input of positions, where `node` counts the tokens: 0, 1, 2, …."""
