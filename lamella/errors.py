@@ -19,6 +19,7 @@
     ├── BackendError            a backend can't do what is asked
     │   ├── UnsupportedError    operators without an emitter (all listed)
     │   └── ProviderError       an execution provider is missing or did not load
+    ├── CheckpointError         a graph can't be written for another runtime (all reasons listed)
     └── ArtifactError           a saved folder is missing, corrupt or from elsewhere
 
 A message is one sentence in lower case without a full stop: what is wrong, where, what was
@@ -105,6 +106,10 @@ class UnsupportedError(BackendError):
 
 class ProviderError(BackendError):
     """An execution provider or a runtime package is missing, doubled or did not load."""
+
+
+class CheckpointError(LamellaError):
+    """A graph can't be written in a format of another runtime; the message lists every reason."""
 
 
 class ArtifactError(LamellaError):
