@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lamella import plugins
+from lamella import generation, plugins
 from lamella.backends.artifact import Artifact, load_artifact
 from lamella.backends.base import Backend, Executable
 from lamella.backends.registry import HOMES, make_backend
@@ -94,7 +94,7 @@ def lower(graph: Graph, backend: str | Backend = "onnxruntime") -> Executable:
     """
     lowering = find_backend(backend)
     lowering.ensure_available()
-    return lowering.lower(graph)
+    return generation.lower_any(graph, lowering)
 
 
 def compile(  # noqa: PLR0913  (the public signature)
@@ -204,7 +204,7 @@ class Compilation:
             self.stage("measuring latency")
             report = report.extended(latency=self.latency.measured(lowering))
         self.stage(f"lowering to {lowering.name}")
-        executable = lowering.lower(source.graph, report)
+        executable = generation.lower_any(source.graph, lowering, report)
         executable.recipe = recipe_of(self.passes)
         self.stage("")
         return executable
@@ -235,7 +235,13 @@ def find_backend(backend: str | Backend) -> Backend:
 
 def _loader(name: str) -> Callable[[Artifact], Executable]:
     # The backend is imported when an artifact asks for it, not for every one there is.
-    return lambda artifact: find_backend(name).load(artifact)
+    return lambda artifact: _loaded(artifact, find_backend(name))
+
+
+def _loaded(artifact: Artifact, backend: Backend) -> Executable:
+    if generation.is_generative(artifact):
+        return generation.load(artifact, backend)
+    return backend.load(artifact)
 
 
 def read(model: Model, inputs: Inputs | None = None, *, dynamic: bool = True) -> Source:

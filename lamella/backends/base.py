@@ -45,8 +45,8 @@ class Executable(abc.ABC):
         self.inputs = tuple(inputs)
         self.report = report
         self.recipe: Any = None
+        self.no_generate = "only a language model of transformers generates"
 
-    @final
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run as the model is called; the result has the model's output type.
 
@@ -63,6 +63,14 @@ class Executable(abc.ABC):
         Raises:
             SamplesError: An input is of another dtype or shape than the model takes.
         """
+
+    def generate(self, *_: Any, **__: Any) -> Any:
+        """Text from a prompt: what language models do, see `GenerativeExecutable`.
+
+        Raises:
+            GenerationError: This model doesn't; the message says why.
+        """
+        raise GenerationError(f"this executable can't generate: {self.no_generate}")
 
     def decoder(self, layout: CacheLayout) -> Decoder:
         """The executable of a graph with a cache as a decoder.

@@ -40,6 +40,21 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where an output of a model comes from when it is made of two graphs.
+
+    Attributes:
+        graph: ``"step"``, ``"once"``, or ``"constant"`` for what is no tensor of either.
+        index: Its place among the outputs of that graph.
+        value: The constant.
+    """
+
+    graph: Literal["step", "once", "constant"]
+    index: int = 0
+    value: Any = None
+
+
+@dataclass(frozen=True)
 class CacheLayout:
     """How a graph that continues from a cache is called.
 

@@ -115,8 +115,14 @@ def origin_of(model: PreTrainedModel) -> Origin:
         kind="transformers",
         architecture=type(model).__name__,
         config=cast(dict[str, object], model.config.to_dict()),
+        generation=_generation_of(model),
         folder=str(Path(folder).resolve()) if folder and Path(folder).is_dir() else None,
     )
+
+
+def _generation_of(model: PreTrainedModel) -> dict[str, object] | None:
+    config = getattr(model, "generation_config", None)
+    return config.to_dict() if config is not None and model.can_generate() else None
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

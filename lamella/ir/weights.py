@@ -42,6 +42,7 @@ class Origin:
         kind: ``"module"``, ``"transformers"``, ``"exported-program"``, ``"onnx"``.
         architecture: Class of the model, for people and for checkpoints.
         config: The Hugging Face config as a dictionary, or None.
+        generation: The generation config of a model that generates, as a dictionary, or None.
         folder: The folder or file the model was read from, or None.
         transposed: Weights held as ``[out, in]`` that the checkpoint stores as ``[in, out]``.
         aliases: Other names of tied weights -> the name the graph uses.
@@ -53,6 +54,7 @@ class Origin:
     kind: str = "module"
     architecture: str = ""
     config: dict[str, object] | None = None
+    generation: dict[str, object] | None = None
     folder: str | None = None
     transposed: frozenset[str] = frozenset()
     aliases: tuple[tuple[str, str], ...] = ()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch.fx import Node
 
 from lamella.ir import ops
+from lamella.ir.cache import Source
 from lamella.ir.graph import Graph
 from lamella.rewrite.incremental.attention import Site
 from lamella.rewrite.incremental.build import Builder, attended
@@ -24,22 +24,7 @@ from lamella.rewrite.incremental.states import (
 
 lam = torch.ops.lamella
 
-__all__ = ["Incremental", "Source", "incremental"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an output of the model comes from: an output of one of the graphs, or a constant.
-
-    Attributes:
-        graph: ``"step"``, ``"once"`` or ``"constant"``.
-        index: Its place among the outputs of that graph.
-        value: The constant.
-    """
-
-    graph: Literal["step", "once", "constant"]
-    index: int = 0
-    value: Any = None
+__all__ = ["Incremental", "incremental"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Edited models in the file layouts that other runtimes load."""

@@ -1,0 +1,331 @@
+"""A compiled language model: callable like the model, and with its `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+from transformers.utils import ModelOutput
+
+from lamella.backends.base import Executable
+from lamella.backends.decoder import Decoder
+from lamella.backends.inputs import InputSpec, check_inputs
+from lamella.errors import GenerationError, SamplesError
+from lamella.generation.cache import StateCache
+from lamella.ir.cache import CacheLayout, Source
+from lamella.ir.signature import Signature
+from lamella.report import Report
+
+STEP, ONCE = "step", "once"
+
+
+@dataclass(frozen=True)
+class Language:
+    """What `generate` needs to know of a model.
+
+    Attributes:
+        config: The config of the model, as data.
+        generation: Its generation config, as data.
+    """
+
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The executables that a language model consists of.
+
+    Attributes:
+        step: Continues from the cache.
+        once: What runs once for a sequence (an encoder), or None.
+        layout: The cache of `step`.
+        outputs: Where each flat output of the model comes from.
+    """
+
+    step: Executable
+    once: Executable | None
+    layout: CacheLayout
+    outputs: tuple[Source, ...]
+
+
+@dataclass
+class EncoderStates(ModelOutput):
+    """What the encoder of a compiled model gives to its decoder, by name."""
+
+    last_hidden_state: Tensor | None = None
+
+
+class _Encoder:
+    """The encoder, as `generate` calls it."""
+
+    def __init__(self, executable: Executable) -> None:
+        self._executable = executable
+        self._names = executable.signature.inputs
+
+    def forward(self, **kwargs: Any) -> EncoderStates:
+        """The states; what the encoder doesn't take is left out."""
+        missing = [name for name in self._names if kwargs.get(name) is None]
+        for name in missing:
+            if name != "attention_mask":
+                raise GenerationError(f"the encoder needs the input {name!r}")
+            kwargs[name] = torch.ones_like(kwargs["input_ids"])
+        states = EncoderStates()
+        for name, value in self._executable(**{n: kwargs[n] for n in self._names}).items():
+            states[name] = value
+        return states
+
+    __call__ = forward
+
+
+@final
+class GenerativeExecutable(GenerationMixin, Executable):
+    """A language model that was lowered, with the `generate` of transformers.
+
+    Everything that `transformers.GenerationMixin` does works: greedy search, sampling, beams,
+    stop strings, streamers, logits processors, batches padded on the left, conversations that
+    go on. The cache stays with the backend.
+
+    Attributes:
+        config: Config of the model.
+        generation_config: How `generate` works when it is not told otherwise.
+        layout: What the model keeps between calls.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+
+    def __init__(
+        self,
+        parts: Parts,
+        language: Language,
+        signature: Signature,
+        inputs: Sequence[InputSpec],
+        report: Report | None = None,
+    ) -> None:
+        """Put the parts together; `inputs` are those of the model without cache."""
+        super().__init__(signature, report, inputs)
+        self.backend = parts.step.backend  # pyright: ignore[reportAttributeAccessIssue]  (of the parts)
+        self.parts, self.language, self.layout = parts, language, parts.layout
+        self.config = config_of(language.config)
+        self.generation_config = GenerationConfig.from_dict(dict(language.generation))
+        self.decoder: Decoder = parts.step.decoder(parts.layout)
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        if self.config.is_encoder_decoder:
+            first = inputs[0].name
+            self.main_input_name = first
+
+    # ---- as the model -------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as the model is called, or one step of `generate`.
+
+        The result has the model's output type; with ``use_cache=True`` or `past_key_values` it
+        holds the cache too.
+
+        Raises:
+            SamplesError: An input is missing, unknown, or of another dtype or shape.
+            GenerationError: Sizes of tokens, mask and cache don't agree.
+        """
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            return self.forward(*args, **kwargs)
+        if "return_dict" in kwargs or "logits_to_keep" in kwargs:
+            return self.forward(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def run(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The flat outputs of flat inputs, from an empty cache."""
+        check_inputs(self.inputs, values)
+        given = dict(zip(self.signature.inputs, values, strict=True))
+        made: dict[str, Tensor] = {}
+        if self.parts.once is not None:
+            made = self.parts.once(**{n: given[n] for n in self.parts.once.signature.inputs})
+        tokens = given[self.layout.tokens]
+        once = {name: made[name] for name in self.layout.once}
+        state = self.decoder.start(tokens.shape[0], tokens.shape[1], once)
+        mask = given.get(self.layout.mask)
+        positions = given.get(self.layout.positions or "")
+        logits = self.decoder.step(state, tokens, mask, positions)
+        made_values = list(made.values())
+        return [
+            logits
+            if source.graph == STEP
+            else made_values[source.index]
+            if source.graph == ONCE
+            else source.value
+            for source in self.parts.outputs
+        ]
+
+    def forward(  # noqa: PLR0913  (generate looks for these names)
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        encoder_outputs: EncoderStates | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        **other: Any,
+    ) -> Any:
+        """One step of `generate`: logits ``[batch, new, vocabulary]`` and the cache.
+
+        Raises:
+            GenerationError: The cache is of another kind, or sizes don't agree.
+            SamplesError: The model has no such input.
+        """
+        _refuse(other)
+        if past_key_values is not None and not isinstance(past_key_values, StateCache):
+            raise GenerationError(
+                f"a compiled model continues from its own cache, not from a "
+                f"{type(past_key_values).__name__}; leave past_key_values out"
+            )
+        cache = StateCache() if past_key_values is None else past_key_values
+        if self.parts.once is not None:
+            step = (decoder_input_ids, decoder_attention_mask, decoder_position_ids)
+            states = encoder_outputs or self._encoded(input_ids, attention_mask, other)
+        else:
+            step, states = (input_ids, attention_mask, position_ids), EncoderStates()
+        logits = self._step(cache, states, step, last_only=logits_to_keep == 1)
+        kept = cache if use_cache or past_key_values is not None else None
+        if self.parts.once is not None:
+            return Seq2SeqLMOutput(logits=logits, past_key_values=kept)  # pyright: ignore[reportArgumentType]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=kept)  # pyright: ignore[reportArgumentType]
+
+    def _step(
+        self,
+        cache: StateCache,
+        states: EncoderStates,
+        step: tuple[Tensor | None, Tensor | None, Tensor | None],
+        last_only: bool,
+    ) -> Tensor:
+        tokens, mask, positions = step
+        if tokens is None:
+            raise GenerationError(f"the model needs the input {self.layout.tokens!r}")
+        if cache.state is None:
+            once = {name: states[name] for name in self.layout.once}
+            cache.state = self.decoder.start(tokens.shape[0], cache.capacity, once)
+        return self.decoder.step(cache.state, tokens, mask, positions, last_only=last_only)
+
+    def _encoded(
+        self, input_ids: Tensor | None, mask: Tensor | None, other: Mapping[str, Any]
+    ) -> EncoderStates:
+        return self.get_encoder().forward(input_ids=input_ids, attention_mask=mask, **other)
+
+    # ---- what generate asks -------------------------------------------------------------
+
+    def can_generate(self) -> bool:
+        """True."""
+        return True
+
+    def is_remote_code(self) -> bool:
+        """False: the code is that of Lamella."""
+        return False
+
+    def get_encoder(self, *_: Any, **__: Any) -> _Encoder:
+        """What runs once for a sequence.
+
+        Raises:
+            GenerationError: The model has no encoder.
+        """
+        if self.parts.once is None:
+            raise GenerationError("the model has no encoder")
+        return _Encoder(self.parts.once)
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Nothing to choose: experts are compiled."""
+        return {}
+
+    def eval(self) -> GenerativeExecutable:
+        """Itself: a compiled model is always in inference mode."""
+        return self
+
+    def to(self, *_: Any, **__: Any) -> GenerativeExecutable:
+        """Itself: a compiled model stays on the device it was compiled for."""
+        return self
+
+    def _prepare_cache_for_generation(  # noqa: PLR0913, PLR0917  (overrides that of transformers)
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = StateCache(max_cache_length)
+        elif given is not None:
+            given._is_user_defined = True
+
+    # ---- files --------------------------------------------------------------------------
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are stored."""
+        return sum(part.weight_bytes for part in self._executables().values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files that `save` writes, without the manifest."""
+        return sum(part.file_bytes for part in self._executables().values())
+
+    def write_files(self, folder: Path) -> Mapping[str, Any]:
+        """Write each part into a folder of its own."""
+        details: dict[str, Any] = {}
+        for name, part in self._executables().items():
+            (folder / name).mkdir()
+            details[name] = {
+                "details": dict(part.write_files(folder / name)),
+                "signature": part.signature.to_json(),
+                "inputs": [spec.to_json() for spec in part.inputs],
+            }
+        return {
+            "generation": {
+                "parts": details,
+                "layout": self.layout.to_json(),
+                "outputs": [[s.graph, s.index, s.value] for s in self.parts.outputs],
+                "config": dict(self.language.config),
+                "generation_config": dict(self.language.generation),
+            }
+        }
+
+    def _executables(self) -> dict[str, Executable]:
+        parts = {STEP: self.parts.step}
+        return parts if self.parts.once is None else parts | {ONCE: self.parts.once}
+
+
+def config_of(data: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a model from its data.
+
+    Raises:
+        GenerationError: Transformers doesn't know the kind of model.
+    """
+    kind = data.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise GenerationError(f"transformers has no config for the model type {kind!r}")
+    return CONFIG_MAPPING[kind].from_dict(dict(data))
+
+
+def _refuse(other: Mapping[str, Any]) -> None:
+    """Refuse what a compiled model has no answer for; what is off by default may be given."""
+    harmless = {"return_dict", "use_cache", "cache_position"}
+    asked = [name for name, value in other.items() if value and name not in harmless]
+    outputs = [name for name in asked if name.startswith("output_")]
+    if outputs:
+        raise GenerationError(
+            f"a compiled model gives logits only; {', '.join(outputs)} need the original model"
+        )
+    embeds = [name for name in asked if name.endswith("inputs_embeds")]
+    if embeds:
+        raise SamplesError(f"a compiled model takes tokens, not {', '.join(embeds)}")
