@@ -188,8 +188,8 @@ class Decoder(abc.ABC):
         total = state.length + tokens.shape[1]
         if mask is None or self.layout.positions_from == "index":
             return torch.arange(state.length, total).expand(state.batch, -1)
-        counted = mask.ne(0).long().cumsum(-1) - 1
-        return counted.clamp(min=0)[:, state.length :]
+        seen = mask.ne(0).long()
+        return (seen.cumsum(-1) * seen - 1)[:, state.length :]
 
 
 @final

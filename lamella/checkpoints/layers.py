@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,8 +21,11 @@ Path = tuple[str | int, ...]
 """Where a value lies in a nested config."""
 
 _COUNTS_LAYERS = re.compile(r"layer|depth|block")
-_INDICES = frozenset({"mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "out_indices"})
+_INDICES = frozenset({"mlp_only_layers", "full_attn_idxs", "attn_layer_indices"})
 """Lists of a config that hold the numbers of layers, not one entry per layer."""
+
+_FOLLOWING = frozenset({"stage_names", "out_features", "out_indices"})
+"""Entries that the config of a backbone makes from the number of its stages."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,24 @@ class LayerList:
 def layer_lists(graph: Graph, model: PreTrainedModel) -> tuple[LayerList, ...]:
     """The lists of layers of `model` of which `graph` uses some, outermost first.
 
-    A layer is there when a contraction reads a weight of it: tables that layers share (the
+    A layer is gone when no contraction reads one of its weights: tables that layers share (the
     relative positions of T5) stay behind in a layer that is gone.
     """
     read = _contracted(graph)
     found: list[LayerList] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         pattern = re.compile(rf"{re.escape(name)}\.(\d+)\.")
-        kept = sorted({int(match[1]) for weight in read if (match := pattern.match(weight))})
-        if kept:
-            found.append(LayerList(name, len(module), tuple(kept)))
+        seen = {int(match[1]) for weight in read if (match := pattern.match(weight))}
+        if seen:
+            idle = {i for i, layer in enumerate(module) if not _has_matrices(layer)}
+            found.append(LayerList(name, len(module), tuple(sorted(seen | idle))))
     return tuple(found)
+
+
+def _has_matrices(layer: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in layer.parameters())
 
 
 def config_of(data: Mapping[str, Any]) -> PreTrainedConfig:
@@ -93,7 +101,9 @@ def with_layers_left(
         wanted[one.name] = len(one.kept)
         for path in _counts(current, one.count):
             tried = _shortened(current, path, one)
-            if _lengths(tried, architecture, wanted) == wanted:
+            lengths = _lengths(tried, architecture, wanted)
+            # Lists within a layer go with it.
+            if one.name in lengths and all(wanted[n] == count for n, count in lengths.items()):
                 current = tried
                 break
         else:
@@ -159,6 +169,8 @@ def _shortened(data: dict[str, Any], path: Path, one: LayerList) -> dict[str, An
 def _shorten_lists(owner: dict[str, Any], one: LayerList) -> None:
     """Lists with an entry per layer, and lists of the numbers of layers."""
     place = {old: new for new, old in enumerate(one.kept)}
+    for name in _FOLLOWING & owner.keys():
+        del owner[name]
     for name, value in owner.items():
         if not isinstance(value, list):
             continue
@@ -169,13 +181,14 @@ def _shorten_lists(owner: dict[str, Any], one: LayerList) -> None:
             owner[name] = [items[old] for old in one.kept]
 
 
-def _lengths(data: Mapping[str, Any], architecture: str, names: Mapping[str, int]) -> Any:
-    """The lengths of the lists `names` in the model of a config; None if it can't be built."""
+def _lengths(
+    data: Mapping[str, Any], architecture: str, names: Mapping[str, int]
+) -> dict[str, int]:
+    """The lengths of the lists `names` in the model of a config; none if it can't be built."""
     try:
         model = build_without_data(config_of(data), architecture, torch.float32)
     except (ValueError, TypeError, IndexError):
         # The number is another one than that of layers.
-        return None
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    count: Callable[[str], int] = lambda name: len(cast(nn.ModuleList, modules[name]))  # noqa: E731
-    return {name: count(name) for name in names if name in modules}
+        return {}
+    modules: dict[str, Any] = dict(model.named_modules())
+    return {name: len(modules[name]) for name in names if name in modules}

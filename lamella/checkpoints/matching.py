@@ -128,6 +128,8 @@ class _Walk:
             self._differ(f"{_text(have)} where the model has the constant {want.name}")
         elif not _weights_without_data(self.model, want):
             self._table(have, want)
+        elif (packed := _packed(have)) is not None and _is_unpacked(packed, want):
+            self._few_bits(packed, want)
         elif have.op == "get_attr":
             if want.op != "get_attr" or _shape(have) == _shape(want):
                 self.found.bound.append(Bound(want, have, reader, operand))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -64,25 +65,38 @@ class EncoderStates(ModelOutput):
 
 
 class _Encoder:
-    """The encoder, as `generate` calls it."""
+    """The encoder, as `generate` looks at it and calls it."""
 
     def __init__(self, executable: Executable) -> None:
         self._executable = executable
         self._names = executable.signature.inputs
+        self.main_input_name = self._names[0]
 
-    def forward(self, **kwargs: Any) -> EncoderStates:
+    @property
+    def forward(self) -> Callable[..., EncoderStates]:
+        """The call, with the names of the inputs in its signature."""
+
+        def forward(**kwargs: Any) -> EncoderStates:
+            return self(**kwargs)
+
+        names = [*self._names, *(["attention_mask"] if "input_ids" in self._names else [])]
+        keywords = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter(name, keywords) for name in dict.fromkeys(names)]
+        rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+        vars(forward)["__signature__"] = inspect.Signature([*parameters, rest])
+        return forward
+
+    def __call__(self, **kwargs: Any) -> EncoderStates:
         """The states; what the encoder doesn't take is left out."""
-        missing = [name for name in self._names if kwargs.get(name) is None]
-        for name in missing:
-            if name != "attention_mask":
-                raise GenerationError(f"the encoder needs the input {name!r}")
-            kwargs[name] = torch.ones_like(kwargs["input_ids"])
+        for name in self._names:
+            if kwargs.get(name) is None:
+                if name != "attention_mask":
+                    raise GenerationError(f"the encoder needs the input {name!r}")
+                kwargs[name] = torch.ones_like(kwargs["input_ids"])
         states = EncoderStates()
         for name, value in self._executable(**{n: kwargs[n] for n in self._names}).items():
             states[name] = value
         return states
-
-    __call__ = forward
 
 
 @final
@@ -101,6 +115,8 @@ class GenerativeExecutable(GenerationMixin, Executable):
 
     main_input_name = "input_ids"
     base_model_prefix = ""
+    # Transformers looks for modules of these names.
+    decoder = None  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
     _is_stateful = False
 
     def __init__(
@@ -117,11 +133,10 @@ class GenerativeExecutable(GenerationMixin, Executable):
         self.parts, self.language, self.layout = parts, language, parts.layout
         self.config = config_of(language.config)
         self.generation_config = GenerationConfig.from_dict(dict(language.generation))
-        self.decoder: Decoder = parts.step.decoder(parts.layout)
+        self._decoder: Decoder = parts.step.decoder(parts.layout)
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        if self.config.is_encoder_decoder:
-            first = inputs[0].name
-            self.main_input_name = first
+        if parts.once is not None:
+            self.main_input_name = parts.once.signature.inputs[0]
 
     # ---- as the model -------------------------------------------------------------------
 
@@ -150,10 +165,10 @@ class GenerativeExecutable(GenerationMixin, Executable):
             made = self.parts.once(**{n: given[n] for n in self.parts.once.signature.inputs})
         tokens = given[self.layout.tokens]
         once = {name: made[name] for name in self.layout.once}
-        state = self.decoder.start(tokens.shape[0], tokens.shape[1], once)
+        state = self._decoder.start(tokens.shape[0], tokens.shape[1], once)
         mask = given.get(self.layout.mask)
         positions = given.get(self.layout.positions or "")
-        logits = self.decoder.step(state, tokens, mask, positions)
+        logits = self._decoder.step(state, tokens, mask, positions)
         made_values = list(made.values())
         return [
             logits
@@ -214,13 +229,13 @@ class GenerativeExecutable(GenerationMixin, Executable):
             raise GenerationError(f"the model needs the input {self.layout.tokens!r}")
         if cache.state is None:
             once = {name: states[name] for name in self.layout.once}
-            cache.state = self.decoder.start(tokens.shape[0], cache.capacity, once)
-        return self.decoder.step(cache.state, tokens, mask, positions, last_only=last_only)
+            cache.state = self._decoder.start(tokens.shape[0], cache.capacity, once)
+        return self._decoder.step(cache.state, tokens, mask, positions, last_only=last_only)
 
     def _encoded(
         self, input_ids: Tensor | None, mask: Tensor | None, other: Mapping[str, Any]
     ) -> EncoderStates:
-        return self.get_encoder().forward(input_ids=input_ids, attention_mask=mask, **other)
+        return self.get_encoder()(input_ids=input_ids, attention_mask=mask, **other)
 
     # ---- what generate asks -------------------------------------------------------------
 
@@ -232,15 +247,20 @@ class GenerativeExecutable(GenerationMixin, Executable):
         """False: the code is that of Lamella."""
         return False
 
+    @property
+    def encoder(self) -> _Encoder | None:
+        """What runs once for a sequence, or None."""
+        return None if self.parts.once is None else _Encoder(self.parts.once)
+
     def get_encoder(self, *_: Any, **__: Any) -> _Encoder:
         """What runs once for a sequence.
 
         Raises:
             GenerationError: The model has no encoder.
         """
-        if self.parts.once is None:
+        if self.encoder is None:
             raise GenerationError("the model has no encoder")
-        return _Encoder(self.parts.once)
+        return self.encoder
 
     def get_experts_implementation(self) -> dict[str, str]:
         """Nothing to choose: experts are compiled."""

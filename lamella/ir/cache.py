@@ -68,7 +68,8 @@ class CacheLayout:
         positions: Input of the positions of the new tokens, int64 ``[batch, new]``; None when the
             model has no use for it.
         positions_from: What positions are when the caller gives none: the ``"index"`` of the
-            token in the sequence, or its place among the tokens of the ``"mask"``.
+            token in the sequence, or its place among the tokens of the ``"mask"`` (-1 for a token
+            that it hides).
         logits: Output that holds the logits, ``[batch, new, vocabulary]``.
         once: Inputs that another graph computes once for a sequence (see `Incremental.once`): the
             keys and values of a decoder over the states of its encoder, for example.

@@ -9,6 +9,7 @@ reads in the end are left out, so that an emitter may offer a value in several l
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,23 @@ Emitted = ir.Value | tuple[ir.Value, ...]
 
 MICROSOFT = "com.microsoft"
 """The domain of the operators that ONNX Runtime adds to ONNX."""
+
+
+class Caches(enum.Enum):
+    """How a graph that continues from a cache is called.
+
+    Attributes:
+        PLAIN: As its operators say: the past comes in as long as it is, past and new go out.
+        BOUND: Past and present of a slot are one buffer, which has room to spare. The rows of a
+            sequence start at the first and have no gaps; the inputs ``filled`` and ``total`` say
+            how many there are, and ``rows`` of which new tokens the logits are wanted.
+        SHARED: Buffers as for BOUND; how many rows are filled is what the mask sums up to, and
+            all logits are given. Runners that know only the names of a model's inputs use this.
+    """
+
+    PLAIN = "plain"
+    BOUND = "bound"
+    SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,9 @@ class Emission:
         options: What may be used.
         values: The ONNX values of the nodes emitted so far.
         views: Other layouts of a node's value, by (node, name of the layout).
+        fused: Nodes that something else than the emitter of their operator writes.
+        counts: Values that no node of the graph computes, by name: the inputs that `Caches.BOUND`
+            adds, and what attentions share.
     """
 
     graph: Graph
@@ -108,6 +129,8 @@ class Emission:
     )
     nodes: list[ir.Node] = field(default_factory=list[ir.Node])
     initializers: dict[str, ir.Value] = field(default_factory=dict[str, ir.Value])
+    fused: dict[Node, Emitter] = field(default_factory=dict[Node, Emitter])
+    counts: dict[str, ir.Value] = field(default_factory=dict[str, ir.Value])
     scope: str = ""
     _taken: set[str] = field(default_factory=set[str])
     _constants: dict[tuple[Any, ...], ir.Value] = field(

@@ -254,7 +254,11 @@ class Builder:
             return None
         ones[1, :2] = 0
         padded = self.evaluation.at(node, 3, 4, ones)
-        self.positions_from = "index" if bool((padded == counted).all()) else "mask"
+        by_mask = ones.cumsum(1) * ones - 1
+        if bool((padded == by_mask).all()):
+            self.positions_from = "mask"
+        elif not bool((padded == counted).all()):
+            return None
         return given
 
 
