@@ -34,7 +34,8 @@ CONVOLUTIONS = frozenset(
 _ATTENTIONS = frozenset({"scaled_dot_product_attention"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 _EXPERTS = frozenset({"grouped_linear", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
-LAYERS = frozenset({"linear", "linear_nbits", "mm", "addmm"} | CONVOLUTIONS | _EXPERTS)
+_LINEAR = frozenset({"linear", "linear_nbits", "linear_int8", "mm", "addmm"})
+LAYERS = _LINEAR | CONVOLUTIONS | _EXPERTS
 """Operators that multiply by a weight."""
 
 CONTRACTIONS = LAYERS | _ATTENTIONS | _PRODUCTS

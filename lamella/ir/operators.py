@@ -79,6 +79,69 @@ def round_to_int8(input: Tensor, block: int) -> Tensor:
     return ((grouped / scale).round() * scale).flatten(-2)[..., :width]
 
 
+def linear_int8(
+    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, per_row: bool
+) -> Tensor:
+    """A linear layer that multiplies 8-bit integers by 8-bit integers, exactly.
+
+    The input is rounded when it arrives. With a scale per row, the result for a token does not
+    depend on the tokens beside it. With one scale for the whole input it depends on the batch
+    and its padding, and a row of small entries keeps few levels; kernels are faster by about a
+    tenth.
+
+    Args:
+        input: ``[..., in]``.
+        weight: Codes as int8, ``[out, in]``; entry ``[o, i]`` stands for ``scales[o] * code``.
+        scales: float32, ``[out]``.
+        bias: ``[out]`` or None.
+        per_row: Round each row with a scale of its own, symmetric (see `rounded_rows`); otherwise
+            all rows with one scale and one zero (see `rounded_tensor`).
+    """
+    if per_row:
+        codes, step = rounded_rows(input)
+        factors = scales
+    else:
+        codes, step = rounded_tensor(input)
+        step, factors = None, step * scales
+    # Sums of products of 8 bits are integers, which float64 holds exactly.
+    total = torch.nn.functional.linear(codes.double(), weight.double()).float() * factors
+    total = total if step is None else total * step
+    return (total if bias is None else total + bias).to(input.dtype)
+
+
+SMALLEST_STEP = 1e-30
+"""The scale of a row of zeros; any will do, but zero can't be divided by."""
+
+
+def rounded_rows(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in [-127, 127] and scales ``max|x| / 127`` of the rows, half to even.
+
+    Returns:
+        Both as float32, ``[..., in]`` and ``[..., 1]``.
+    """
+    wide = input.float()
+    step = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=SMALLEST_STEP)
+    return (wide / step).round(), step
+
+
+def rounded_tensor(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes around zero and the scale of all rows, as `DynamicQuantizeLinear` of ONNX has them.
+
+    ``lo = min(x, 0)``, ``hi = max(x, 0)``, ``s = (hi - lo) / 255``, ``z = round(-lo / s)``; a code
+    is ``clip(round(x / s) + z, 0, 255) - z``.
+
+    Returns:
+        Both as float32, ``[..., in]`` and a scalar.
+    """
+    wide = input.float()
+    # The range always holds zero, also where there is nothing else.
+    low, high = torch.nn.functional.pad(wide.flatten(), (0, 1)).aminmax()
+    step = (high - low) / 255
+    step = torch.where(step == 0, torch.ones_like(step), step)
+    zero = (-low / step).round().clamp(0, 255)
+    return ((wide / step).round() + zero).clamp(0, 255) - zero, step
+
+
 def embedding_nbits(  # noqa: PLR0913  (the arguments of the operator)
     packed: Tensor,
     scales: Tensor,
@@ -186,6 +249,13 @@ define(
     _fake_linear_nbits,
 )
 define(
+    "linear_int8(Tensor input, Tensor weight, Tensor scales, Tensor? bias, bool per_row) -> Tensor",
+    linear_int8,
+    lambda input, weight, scales, bias, per_row: input.new_empty(
+        (*input.shape[:-1], weight.shape[0])
+    ),
+)
+define(
     "embedding_nbits(Tensor packed, Tensor scales, Tensor? zero_points, Tensor indices, int bits, "
     "int block, int features) -> Tensor",
     embedding_nbits,
@@ -206,6 +276,7 @@ REFERENCE: Mapping[Callable[..., object], Callable[..., Tensor]] = MappingProxyT
     {
         torch.ops.lamella.rotary_embedding.default: rotary_embedding,
         torch.ops.lamella.linear_nbits.default: linear_nbits,
+        torch.ops.lamella.linear_int8.default: linear_int8,
         torch.ops.lamella.embedding_nbits.default: embedding_nbits,
         torch.ops.lamella.selective_scan.default: selective_scan,
         torch.ops.lamella.grouped_linear.default: grouped_linear,

@@ -117,6 +117,7 @@ def _others(add: Callable[..., None]) -> None:
         "contraction",
         aten.linear.default,
         lam.linear_nbits.default,
+        lam.linear_int8.default,
         aten.conv1d.default,
         aten.conv2d.default,
         aten.conv_transpose2d.input,

@@ -117,7 +117,8 @@ def _dtypes(node: Node) -> Iterator[str]:
     found = ops.facts(node.target)
     if found is None or found.category not in {"contraction", "attention"}:
         return
-    if node.target is torch.ops.lamella.linear_nbits.default:
+    lam = torch.ops.lamella
+    if node.target in (lam.linear_nbits.default, lam.linear_int8.default):
         return
     values = [source.meta.get("val") for source in node.all_input_nodes]
     dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
@@ -151,7 +152,8 @@ def _weights(graph: Graph) -> Iterator[str]:
 def _signature(graph: Graph) -> Iterator[str]:
     signature = graph.signature
     inputs = tuple(str(node.target) for node in graph.inputs)
-    if inputs != signature.inputs:
+    # A name with dots can't be that of an argument in Python.
+    if inputs not in (signature.inputs, tuple(n.replace(".", "_") for n in signature.inputs)):
         yield (
             f"the graph has the inputs {', '.join(inputs)}, its signature "
             f"{', '.join(signature.inputs)}"

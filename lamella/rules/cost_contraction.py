@@ -136,6 +136,7 @@ def resizing(flops: int) -> CostRule:
 CONTRACTING: Mapping[Target, CostRule] = {
     aten.linear.default: linear,
     lam.linear_nbits.default: linear,
+    lam.linear_int8.default: linear,
     aten.matmul.default: matmul,
     aten.einsum.default: einsum,
     aten.conv1d.default: convolution,

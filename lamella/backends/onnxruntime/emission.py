@@ -59,10 +59,12 @@ class Options:
             attention, RMS norm and rotary embedding; below they are written out.
         contrib: Use the operators of ONNX Runtime beside the standard ones. Weights of few
             bits need them to be fast.
+        caches: How a graph with a cache is called.
     """
 
     opset: int = 23
     contrib: bool = True
+    caches: Caches = Caches.PLAIN
 
     def __post_init__(self) -> None:
         if not 21 <= self.opset <= 23:
@@ -97,6 +99,10 @@ class Call:
     def out(self) -> Tensor:
         """Shape and dtype of the result."""
         return self.node.meta["val"]
+
+    def out_of(self, place: int) -> Tensor:
+        """Shape and dtype of one of several results."""
+        return self.node.meta["val"][place]
 
     def axis(self, name: str = "dim", operand: str = "self") -> int:
         """An axis of `operand`, counted from the front."""

@@ -15,8 +15,16 @@ import sympy
 from torch import Tensor
 from torch.fx import Node
 
-from lamella.backends.onnxruntime.emission import MICROSOFT, Call, Emission, Emitter, Options
-from lamella.backends.onnxruntime.emit import EMITTERS
+from lamella.backends.onnxruntime.counts import add_counts
+from lamella.backends.onnxruntime.emission import (
+    MICROSOFT,
+    Caches,
+    Call,
+    Emission,
+    Emitter,
+    Options,
+)
+from lamella.backends.onnxruntime.emit import EMITTERS, FUSIONS
 from lamella.backends.onnxruntime.types import onnx_type
 from lamella.backends.onnxruntime.weights import place_weight
 from lamella.errors import BackendError, UnsupportedError
@@ -51,6 +59,7 @@ def write_onnx(
     *,
     opset: int = 23,
     contrib: bool = True,
+    caches: Caches = Caches.PLAIN,
     emitters: Mapping[Callable[..., Any], Emitter] = EMITTERS,
 ) -> ir.Model:
     """The ONNX model of a canonical graph.
@@ -62,6 +71,8 @@ def write_onnx(
         graph: Holds canonical operators; left as it is.
         opset: Version of the standard operators, 21 to 23.
         contrib: Use operators of ONNX Runtime beside the standard ones.
+        caches: How a graph with a cache is called; others than `Caches.PLAIN` need one whose
+            attentions `binding_of` finds fit.
         emitters: Canonical operator -> what writes it.
 
     Raises:
@@ -72,7 +83,7 @@ def write_onnx(
     if gaps:
         listed = ", ".join(f"{name} (x{count})" for name, count in gaps.items())
         raise UnsupportedError(f"no ONNX emitter for {listed}")
-    e = Emission(graph, Options(opset, contrib))
+    e = Emission(graph, Options(opset, contrib, caches))
     outputs = outputs_of(graph)
     for output in outputs:
         if output.name is not None:
@@ -82,7 +93,10 @@ def write_onnx(
     for node in graph.nodes:
         if node.op == "get_attr":
             place_weight(e, node)
-        elif node.op == "call_function":
+    for plan in FUSIONS:
+        e.fused = plan(e, emitters) | e.fused
+    for node in graph.nodes:
+        if node.op == "call_function":
             _emit(e, node, emitters)
     results = _results(e, outputs, names)
     return _model(e, inputs, results)
@@ -126,14 +140,29 @@ def _named_inputs(graph: Graph) -> Iterator[tuple[str, Node]]:
 
 
 def _inputs(e: Emission, names: Names) -> Iterator[ir.Value]:
+    slots = _slots(e)
+    values: dict[str, ir.Value] = {}
     for name, node in _named_inputs(e.graph):
         held = node.meta["val"]
-        value = ir.Value(name=e.unique(name), type=_type(held), shape=_shape(held, names))
-        e.values[node], e.scope = value, name
-        for axis, size in enumerate(held.shape):
-            if str(size).isidentifier():
-                e.know_extent(size, e.op("Shape", value, start=axis, end=axis + 1))
-        yield value
+        shape = _shape(held, names)
+        if name in slots:
+            shape = ir.Shape([*shape[:2], "capacity", *shape[3:]])
+        values[name] = ir.Value(name=e.unique(name), type=_type(held), shape=shape)
+        e.values[node] = values[name]
+    yield from values.values()
+    yield from add_counts(e, values)
+    for name, node in _named_inputs(e.graph):
+        e.scope = name
+        for axis, size in enumerate(node.meta["val"].shape):
+            if str(size).isidentifier() and not (name in slots and axis == 2):
+                e.know_extent(size, e.op("Shape", values[name], start=axis, end=axis + 1))
+
+
+def _slots(e: Emission) -> frozenset[str]:
+    """The inputs and outputs that are buffers with room to spare."""
+    if e.options.caches is Caches.PLAIN or e.graph.cache is None:
+        return frozenset()
+    return frozenset(n for s in e.graph.cache.slots if s.grows for n in (s.input, s.output))
 
 
 def _emit(e: Emission, node: Node, emitters: Mapping[Callable[..., Any], Emitter]) -> None:
@@ -149,8 +178,9 @@ def _emit(e: Emission, node: Node, emitters: Mapping[Callable[..., Any], Emitter
         return
     e.scope, target = node.name, node.target
     assert not isinstance(target, str)
+    emitter = e.fused.get(node) or emitters[target]
     try:
-        e.values[node] = emitters[target](e, Call.of(node))
+        e.values[node] = emitter(e, Call.of(node))
     except BackendError as error:
         raise BackendError(
             f"node {node.name} ({ops.op_name(node.target)}) can't be written to ONNX: {error}"
@@ -163,6 +193,7 @@ def _emit(e: Emission, node: Node, emitters: Mapping[Callable[..., Any], Emitter
 def _results(e: Emission, outputs: tuple[Output, ...], names: Names) -> list[ir.Value]:
     """The outputs under their names; each is written by a node of its own name."""
     results: list[ir.Value] = []
+    slots = _slots(e)
     for output, node in zip(outputs, e.graph.outputs, strict=True):
         if output.name is None:
             continue
@@ -175,12 +206,17 @@ def _results(e: Emission, outputs: tuple[Output, ...], names: Names) -> list[ir.
         value.name = output.name
         value.type = _type(held) if isinstance(held, Tensor) else ir.TensorType(ir.DataType.INT64)
         value.shape = _shape(held, names) if isinstance(held, Tensor) else ir.Shape([])
+        if output.name in slots:
+            value.shape = ir.Shape([*value.shape[:2], "capacity", *value.shape[3:]])
         results.append(value)
     return results
 
 
 def _model(e: Emission, inputs: list[ir.Value], results: list[ir.Value]) -> ir.Model:
     nodes, read = _live(e.nodes, results)
+    if e.options.caches is Caches.BOUND:
+        # Who binds buffers asks which inputs there are.
+        inputs = [value for value in inputs if value in read]
     initializers = [value for value in e.initializers.values() if value in read]
     domains = {node.domain for node in nodes}
     opsets = {"": e.options.opset} | ({MICROSOFT: 1} if MICROSOFT in domains else {})

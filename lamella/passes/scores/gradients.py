@@ -130,11 +130,15 @@ def _differentiable(nodes: Iterable[Node]) -> Calls:
 
 
 def _reference(target: Any) -> Any:
-    if target is not lam.linear_nbits.default:
-        return REFERENCE[target]
+    """The derivative of rounding is zero almost everywhere; the gradient passes by it instead."""
+    if target is lam.linear_nbits.default:
+        return lambda *args: REFERENCE[target](*args[:7], False)
+    if target is lam.linear_int8.default:
+        return _dense_linear
+    return REFERENCE[target]
 
-    # The derivative of rounding is zero almost everywhere; the gradient passes by it instead.
-    def without_rounding(*args: Any) -> Tensor:
-        return REFERENCE[target](*args[:7], False)
 
-    return without_rounding
+def _dense_linear(
+    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, per_row: bool
+) -> Tensor:
+    return functional.linear(input, (weight * scales[:, None]).to(input.dtype), bias)

@@ -6,16 +6,21 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from lamella.backends.onnxruntime.emission import Emitter
+from torch.fx import Node
+
+from lamella.backends.onnxruntime.emission import Emission, Emitter
 from lamella.backends.onnxruntime.emit import (
     activation,
     arithmetic,
     attention,
+    cached_attention,
+    cached_scan,
     comparison,
     contraction,
     convolution,
     creation,
     indexing,
+    merged,
     normalization,
     padding,
     quantized,
@@ -23,13 +28,17 @@ from lamella.backends.onnxruntime.emit import (
     resize,
     rotary,
     scan,
+    skip_norm,
     view,
+    wanted_rows,
 )
 
 _MODULES = (
     activation,
     arithmetic,
     attention,
+    cached_attention,
+    cached_scan,
     comparison,
     contraction,
     convolution,
@@ -49,3 +58,13 @@ EMITTERS: Mapping[Callable[..., Any], Emitter] = MappingProxyType(
     {target: emitter for module in _MODULES for target, emitter in module.EMITTERS.items()}
 )
 """Canonical operator -> what writes it as ONNX."""
+
+Emitters = Mapping[Callable[..., Any], Emitter]
+
+FUSIONS: tuple[Callable[[Emission, Emitters], dict[Node, Emitter]], ...] = (
+    merged.plan,
+    skip_norm.plan,
+    wanted_rows.plan,
+)
+"""What finds the nodes that are written otherwise than by the emitter of their operator; the
+first that wants a node gets it."""

@@ -16,20 +16,23 @@ lam = torch.ops.lamella
 
 def selective_scan(e: Emission, call: Call) -> ir.Value:
     """A `Scan` over the sequence whose state is ``[batch, channels, states]``."""
-    names = ("input", "delta", "b", "c")
-    sequences = [e.tensor(call[name], call.out.dtype) for name in names]
-    a = e.tensor(call["a"], call.out.dtype)
-    batch = e.op("Shape", sequences[0], start=0, end=2)
-    states = e.op("Shape", a, start=1, end=2)
-    zeros = e.op("ConstantOfShape", e.op("Concat", batch, states, axis=0))
-    start = e.cast(zeros, torch.float32, call.out.dtype)
+    dtype = call.out.dtype
+    sizes = e.op("Shape", e.tensor(call["input"]), start=0, end=2)
+    states = e.op("Shape", e.tensor(call["a"]), start=1, end=2)
+    zeros = e.op("ConstantOfShape", e.op("Concat", sizes, states, axis=0))
+    return scan_from(e, call, e.cast(zeros, torch.float32, dtype), dtype)[1]
+
+
+def scan_from(e: Emission, call: Call, state: ir.Value, dtype: torch.dtype) -> tuple[ir.Value, ...]:
+    """The state after all tokens, and the results."""
+    sequences = [e.tensor(call[name], dtype) for name in ("input", "delta", "b", "c")]
     attributes: dict[str, Any] = {
-        "body": _step(e, a),
+        "body": _step(e, e.tensor(call["a"], dtype)),
         "num_scan_inputs": len(sequences),
         "scan_input_axes": [2] * len(sequences),
         "scan_output_axes": [2],
     }
-    return e.add("Scan", [start, *sequences], attributes, outputs=2)[1]
+    return e.add("Scan", [state, *sequences], attributes, outputs=2)
 
 
 def _step(e: Emission, a: ir.Value) -> ir.Graph:
