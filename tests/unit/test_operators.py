@@ -39,6 +39,13 @@ CASES = {
         16,
         False,
     ),
+    "linear_int8": (
+        drawn(2, 3, 20).float(),
+        torch.arange(-60, 60, dtype=torch.int8).reshape(6, 20),
+        drawn(6, seed=1).float().abs(),
+        drawn(6, seed=2).float(),
+        True,
+    ),
     "embedding_nbits": (*quantized(9, 20, 4, 16, zeros=True), torch.tensor([[1, 8]]), 4, 16, 20),
     "selective_scan": (
         drawn(2, 3, 5),
@@ -114,6 +121,46 @@ def test_activations_are_rounded_block_by_block() -> None:
 
 def test_a_block_of_zeros_stays_zero() -> None:
     assert torch.equal(round_to_int8(torch.zeros(2, 20), 16), torch.zeros(2, 20))
+
+
+def int8_codes(row: list[float], low: float, high: float) -> tuple[list[int], float]:
+    """Codes and scale of some numbers on the grid of ``DynamicQuantizeLinear``, in float64."""
+    step = (max(high, 0.0) - min(low, 0.0)) / 255
+    zero = round(-min(low, 0.0) / step)
+    return [min(max(round(value / step) + zero, 0), 255) - zero for value in row], step
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_int8_multiplies_integers(per_row: bool, with_bias: bool) -> None:
+    x, weight, scales, bias, _ = CASES["linear_int8"]
+    got = lam.linear_int8(x, weight, scales, bias if with_bias else None, per_row)
+    for place, row in enumerate(x.flatten(0, 1).tolist()):
+        largest = max(map(abs, row))
+        if per_row:
+            codes, step = [round(value * 127 / largest) for value in row], largest / 127
+        else:
+            codes, step = int8_codes(row, float(x.min()), float(x.max()))
+        for out in range(6):
+            total = sum(c * w for c, w in zip(codes, weight[out].tolist(), strict=True))
+            want = total * step * float(scales[out]) + (float(bias[out]) if with_bias else 0.0)
+            # Three roundings of float32.
+            assert float(got.flatten(0, 1)[place, out]) == pytest.approx(want, rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_linear_int8_of_zeros_is_the_bias(per_row: bool) -> None:
+    _, weight, scales, bias, _ = CASES["linear_int8"]
+    got = lam.linear_int8(torch.zeros(2, 20), weight, scales, bias, per_row)
+    assert torch.equal(got, bias.expand(2, 6))
+    assert lam.linear_int8(torch.zeros(0, 20), weight, scales, bias, per_row).shape == (0, 6)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    x, weight, scales, bias, _ = CASES["linear_int8"]
+    beside = torch.cat((x, 100 * x), 1)
+    alone = lam.linear_int8(x, weight, scales, bias, True)
+    assert torch.equal(lam.linear_int8(beside, weight, scales, bias, True)[:, :3], alone)
 
 
 def test_embedding_nbits_reads_rows_of_the_table() -> None:

@@ -23,7 +23,7 @@ from lamella.backends.torch.portable import Portable
 from lamella.errors import ArtifactError
 from lamella.ir import ops
 from lamella.ir.graph import Graph, set_tensor
-from lamella.ir.operators import round_to_int8
+from lamella.ir.operators import round_to_int8, rounded_rows, rounded_tensor
 from lamella.ir.packing import dequantize
 from lamella.ir.signature import Signature
 from lamella.report import Report
@@ -117,6 +117,10 @@ def unpacked(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
             block = bound["block"] if bound["int8_activations"] else 0
             weight = _dense(module, node, dense)
             _swap(node, _linear, (bound["input"], weight, bound["bias"], block))
+        elif node.target is lam.linear_int8.default:
+            bound = ops.bind(node)
+            weight = _dense(module, node, dense)
+            _swap(node, _linear_int8, (bound["input"], weight, bound["bias"], bound["per_row"]))
         elif node.target is lam.embedding_nbits.default:
             table = _dense(module, node, dense)
             _swap(node, aten.embedding.default, (table, ops.bind(node)["indices"]))
@@ -146,9 +150,17 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, block: int) -> T
     return functional.linear(rounded, weight[:, : input.shape[-1]].to(input.dtype), bias)
 
 
+def _linear_int8(input: Tensor, weight: Tensor, bias: Tensor | None, per_row: bool) -> Tensor:
+    """As `lamella::linear_int8`, but for sums in float32: PyTorch has no kernel for integers."""
+    codes, step = (rounded_rows if per_row else rounded_tensor)(input)
+    return functional.linear((codes * step).to(input.dtype), weight.to(input.dtype), bias)
+
+
 def _dense(module: fx.GraphModule, node: Node, known: dict[tuple[object, ...], Node]) -> Node:
     """The node that reads the dense weight of `node`; layers that share codes share it."""
     bound = ops.bind(node)
+    if node.target is lam.linear_int8.default:
+        return _dense_rows(module, bound["weight"], bound["scales"], known)
     is_linear = node.target is lam.linear_nbits.default
     operands = (bound["packed"], bound["scales"], bound["zero_points"])
     key = (*operands, bound["bits"], bound["block"], is_linear)
@@ -160,11 +172,26 @@ def _dense(module: fx.GraphModule, node: Node, known: dict[tuple[object, ...], N
             scales = scales.to(torch.promote_types(scales.dtype, torch.float32))
         width = codes.shape[-2] * bound["block"] if is_linear else bound["features"]
         value = dequantize(codes, scales, zeros, bound["bits"], bound["block"], width)
-        name = f"{operands[0].target}_dense{len(known)}"
-        set_tensor(module, name, value)
-        with module.graph.inserting_before(next(iter(module.graph.nodes))):
-            known[key] = module.graph.create_node("get_attr", name)
+        known[key] = _held(module, f"{operands[0].target}_dense{len(known)}", value)
     return known[key]
+
+
+def _dense_rows(
+    module: fx.GraphModule, weight: Node, scales: Node, known: dict[tuple[object, ...], Node]
+) -> Node:
+    """The node that reads the dense form of a matrix of integers with a scale per row."""
+    key = (weight, scales)
+    if key not in known:
+        value = _read(module, weight) * _read(module, scales)[:, None]
+        known[key] = _held(module, f"{weight.target}_dense{len(known)}", value)
+    return known[key]
+
+
+def _held(module: fx.GraphModule, name: str, value: Tensor) -> Node:
+    """A node at the beginning that reads a new tensor of the module."""
+    set_tensor(module, name, value)
+    with module.graph.inserting_before(next(iter(module.graph.nodes))):
+        return module.graph.create_node("get_attr", name)
 
 
 def _read(module: fx.GraphModule, node: Node) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import functional
 
 from lamella.ir import ops
 from lamella.ir.graph import Graph
