@@ -153,3 +153,56 @@ def test_the_standard_form_of_a_table_is_exact(symmetric: bool):
     got, kinds, _ = run(graph, ids, contrib=False)
     assert kinds["DequantizeLinear"] == 1
     torch.testing.assert_close(got, graph(x=ids), rtol=1e-6, atol=1e-6)
+
+
+def int8_graph(*inputs: Tensor, per_row: bool, readers: int = 1, bias: bool = True) -> Graph:
+    """Linear layers of integers on one input; their results are added."""
+    width = inputs[0].shape[-1]
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(-128, 128, (readers, 96, width), generator=generator, dtype=torch.int8)
+    scales = numbers(readers, 96, seed=1).abs() / 128
+    parts = [*codes, *scales, numbers(96, seed=2)]
+
+    def layers(*given: Tensor) -> Tensor:
+        weights, shift, x = given[: 2 * readers], given[2 * readers], given[-1]
+        pairs = zip(weights[:readers], weights[readers:], strict=True)
+        added = shift if bias else None
+        return sum(lam.linear_int8(x, w, s, added, per_row) for w, s in pairs)
+
+    return graph_of(layers, *inputs, weights=parts)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("contrib", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_products_of_integers_are_exact(per_row: bool, contrib: bool, bias: bool, rank: int):
+    x = numbers(6, 7, 200, seed=4) if rank == 3 else numbers(6, 200, seed=4)
+    graph = int8_graph(x, per_row=per_row, bias=bias)
+    x[0] *= 100
+    x[1] = 0
+    got, kinds, _ = run(graph, x, contrib=contrib)
+    fused = kinds["MatMulIntegerToFloat"] + kinds["DynamicQuantizeMatMul"]
+    assert (fused, kinds["MatMulInteger"]) == ((0, 1) if per_row and not contrib else (1, 0))
+    want = graph(x=x)
+    # Integers are summed exactly; two or three roundings of float32 are left.
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_layers_on_one_input_round_it_once(per_row: bool):
+    x = numbers(3, 7, 128, seed=4)
+    graph = int8_graph(x, per_row=per_row, readers=3)
+    got, kinds, _ = run(graph, x)
+    rounding = "QuantizeLinear" if per_row else "DynamicQuantizeLinear"
+    assert (kinds[rounding], kinds["MatMulIntegerToFloat"]) == (1, 3)
+    want = graph(x=x)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_a_matrix_of_integers_is_stored_in_one_byte_each(per_row: bool):
+    graph = int8_graph(numbers(3, 7, 128), per_row=per_row)
+    _, _, size = run(graph, numbers(3, 7, 128))
+    # Codes, scales and bias; names and nodes are less than 3 kB.
+    assert size < 96 * 128 + 8 * 96 + 3000
