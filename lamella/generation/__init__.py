@@ -9,6 +9,7 @@ from lamella.backends.artifact import Artifact, Description
 from lamella.backends.base import Backend, Executable
 from lamella.backends.inputs import specs_from_json, specs_of
 from lamella.errors import ArtifactError, GenerationError, IncrementalError
+from lamella.generation.families import class_for
 from lamella.generation.model import (
     ONCE,
     STEP,
@@ -62,8 +63,9 @@ def lower(
         layout,
         parts.outputs,
     )
-    language = Language(origin.config, origin.generation)
-    return GenerativeExecutable(executables, language, graph.signature, specs_of(graph), report)
+    language = Language(origin.config, origin.generation, origin.architecture)
+    made = class_for(origin.architecture)
+    return made(executables, language, graph.signature, specs_of(graph), report)
 
 
 def is_generative(artifact: Artifact) -> bool:
@@ -83,7 +85,7 @@ def load(artifact: Artifact, backend: Backend) -> GenerativeExecutable:
         layout = CacheLayout.from_json(data["layout"])
         outputs = tuple(Source(*source) for source in data["outputs"])
         found = {name: _part(artifact, name, part) for name, part in data["parts"].items()}
-        language = Language(data["config"], data["generation_config"])
+        language = Language(data["config"], data["generation_config"], data["architecture"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"the manifest of {str(artifact.folder)!r} does not describe a language model "
@@ -91,7 +93,7 @@ def load(artifact: Artifact, backend: Backend) -> GenerativeExecutable:
         ) from error
     parts = {name: backend.load(part) for name, part in found.items()}
     report = None if described.report is None else Report.from_json(described.report)
-    return GenerativeExecutable(
+    return class_for(language.architecture)(
         Parts(parts[STEP], parts.get(ONCE), layout, outputs),
         language,
         Signature.from_json(described.signature),

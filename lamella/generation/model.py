@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +34,12 @@ class Language:
     Attributes:
         config: The config of the model, as data.
         generation: Its generation config, as data.
+        architecture: Its class in transformers.
     """
 
     config: Mapping[str, Any]
     generation: Mapping[str, Any]
+    architecture: str
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,6 @@ class _Encoder:
         return states
 
 
-@final
 class GenerativeExecutable(GenerationMixin, Executable):
     """A language model that was lowered, with the `generate` of transformers.
 
@@ -317,6 +318,7 @@ class GenerativeExecutable(GenerationMixin, Executable):
                 "outputs": [[s.graph, s.index, s.value] for s in self.parts.outputs],
                 "config": dict(self.language.config),
                 "generation_config": dict(self.language.generation),
+                "architecture": self.language.architecture,
             }
         }
 

@@ -26,7 +26,7 @@ _TEXT = {
     "num_attention_heads": 4,
     "intermediate_size": 64,
     "vocab_size": VOCABULARY,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 96,
 }
 _CAUSAL = {
     **_TEXT,
@@ -249,7 +249,7 @@ def _gpt2() -> nn.Module:
         n_layer=3,
         n_head=4,
         vocab_size=VOCABULARY,
-        n_positions=64,
+        n_positions=96,
         use_cache=False,
         bos_token_id=1,
         eos_token_id=2,
@@ -303,7 +303,7 @@ def _t5() -> nn.Module:
 
 
 def _bart() -> nn.Module:
-    config = hf.BartConfig(**_SEQ2SEQ, max_position_embeddings=64)
+    config = hf.BartConfig(**_SEQ2SEQ, max_position_embeddings=96)
     return hf.BartForConditionalGeneration(config)
 
 
@@ -319,7 +319,7 @@ def _whisper() -> nn.Module:
         **_SEQ2SEQ,
         num_mel_bins=8,
         max_source_positions=16,
-        max_target_positions=32,
+        max_target_positions=96,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -453,7 +453,7 @@ def _gptj() -> nn.Module:
         n_head=4,
         rotary_dim=4,
         vocab_size=VOCABULARY,
-        n_positions=64,
+        n_positions=96,
         use_cache=False,
         bos_token_id=1,
         eos_token_id=2,
