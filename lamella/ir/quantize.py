@@ -112,6 +112,23 @@ class Quantized:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+@dataclass(frozen=True)
+class Integers:
+    """A matrix of signed integers, laid out as `lamella::linear_int8` reads it.
+
+    Attributes:
+        codes: int8, ``[out, in]``.
+        scales: float32, ``[out]``.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def dequantized(self) -> Tensor:
+        """The weight that the codes stand for, as float32."""
+        return self.codes * self.scales[:, None]
+
+
 def weight_bytes(shape: Sequence[int], format: Format, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of a weight of `shape` stored in `format`: codes, scales and zeros, exactly.
 
@@ -163,6 +180,31 @@ def quantize(weight: Tensor, format: Format, importance: Tensor | None = None) -
         format,
         tuple(weight.shape),
     )
+
+
+def integers(weight: Tensor, importance: Tensor | None = None) -> Integers:
+    """Round `weight` to 8 bits with one searched scale for each row, symmetric.
+
+    Args:
+        weight: Floating point, ``[out, in]``.
+        importance: As for `quantize`.
+
+    Raises:
+        ValueError: As `quantize`.
+    """
+    format = Format(bits=8, scale_dtype=torch.float32)
+    _rows_and_blocks(weight, format, importance)
+    out, features = weight.shape
+    codes = torch.empty(out, features, dtype=torch.int8)
+    scales = torch.empty(out)
+    column = None if importance is None else importance.float()[:, None]
+    step = max(1, _CHUNK // max(features, 1))
+    for start in range(0, out, step):
+        rows = weight.detach()[start : start + step].float()
+        grid = _searched(rows.t().contiguous(), format, column)
+        codes[start : start + step] = (grid.codes() - grid.zero).t()
+        scales[start : start + step] = grid.scale
+    return Integers(codes, scales)
 
 
 def dequantized(weight: Tensor, format: Format, importance: Tensor | None = None) -> Tensor:

@@ -210,8 +210,104 @@ def test_quantized_operators_keep_their_place(captured: Callable[[str], Graph]) 
         ({"bits": 4, "block": 48}, "block must be one of 32, 64, 128"),
         ({"bits": 4, "scales": "bfloat16"}, "scales must be one of"),
         ({"min_size": -1}, "must not be negative"),
+        ({"bits": 8, "min_rows": -1}, "must not be negative"),
+        ({"bits": 8, "activations": "int4"}, "activations must be one of none, int8, int8-rows"),
+        ({"bits": 4, "activations": "int8"}, "needs weights of 8 bits, got bits=4"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuantizeWeights(**options)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "t5"])
+@pytest.mark.parametrize("activations", ["int8-rows", "int8-tensor"])
+def test_layers_with_many_rows_multiply_integers(
+    family: str,
+    activations: str,
+    captured: Callable[[str], Graph],
+    model: Callable[[str], nn.Module],
+    sample_inputs: Callable[..., dict[str, Tensor]],
+) -> None:
+    graph, inputs = captured(family), sample_inputs(family)
+    plain = captured(family)
+    _run(plain, bits=8, scales="float32", int8_activations=False)
+    _run(graph, bits=8, scales="float32", activations=activations)
+    layers = graph.find(lam.linear_int8.default)
+    assert len(layers) > 5
+    assert {graph.operand(layer, "per_row") for layer in layers} == {activations == "int8-rows"}
+    got, want = (one(**inputs)[0] for one in (graph, plain))
+    # 255 steps for the inputs of each of a few layers, and for rows of weights instead of blocks.
+    assert float((got - want).norm() / want.norm()) < 0.05
+    assert float(nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0)) > 0.999
+
+
+def test_layers_with_few_rows_and_shared_codes_stay(captured: Callable[[str], Graph]) -> None:
+    graph = captured("bert")
+    notes = " ".join(_run(graph, bits=8, activations="int8-rows").take_remarks())
+    # The pooler sees the first token only.
+    assert "without integer products (fewer than 16 rows): " in notes
+    assert "pooler" in notes.split("fewer than 16 rows): ")[1]
+    few = [str(n.args[1].target) for n in graph.find(lam.linear_nbits.default)]
+    assert [name for name in few if "pooler" not in name] == []
+    graph = captured("gpt2")
+    notes = " ".join(_run(graph, bits=8, activations="int8-rows").take_remarks())
+    assert "an embedding reads the weight): transformer.wte.weight" in notes
+
+
+def test_the_plan_says_which_layers_may_multiply_integers(captured: Callable[[str], Graph]) -> None:
+    graph = captured("llama")
+    sites = find_sites(graph)
+    graph.plan = {s.weight: Format(4 if "mlp" in s.weight else 8) for s in sites}
+    notes = " ".join(_run(graph, activations="int8").take_remarks())
+    names = {str(n.args[1].target) for n in graph.find(lam.linear_int8.default)}
+    assert names == {
+        f"{s.weight}_codes" for s in sites if s.role != "embedding" and "mlp" not in s.weight
+    }
+    assert "without integer products (stored in 4 bits/32)" in notes
+    graph = captured("llama")
+    message = "no linear layer multiplies integers: give weights 8 bits"
+    assert message in " ".join(
+        _run(graph, bits=8, activations="int8", min_rows=10**6).take_remarks()
+    )
+
+
+def test_rows_that_are_alike_share_a_scale(
+    captured: Callable[[str], Graph], sample_inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    samples = Samples.of([sample_inputs("bert", seed=seed) for seed in range(3)])
+    graph = captured("bert")
+    _run(graph, samples, bits=8, activations="int8")
+    assert {n.args[4] for n in graph.find(lam.linear_int8.default)} == {False}
+    graph = captured("bert")
+    table = max(graph.weight_nodes(), key=lambda n: graph.weight(n).shape[0])
+    rows = graph.weight(table).clone()
+    # One row of the table is far larger than the others, and the norm after it is gone.
+    rows[int(next(iter(samples))["input_ids"][0, 1])] *= 1e4
+    graph.set_weight(table, rows)
+    (norm, *_) = graph.find(aten.layer_norm.default)
+    graph.replace(norm, graph.operand(norm, "input"))
+    _run(graph, samples, bits=8, activations="int8")
+    assert True in {n.args[4] for n in graph.find(lam.linear_int8.default)}
+
+
+def test_the_integers_stand_for_the_weight(captured: Callable[[str], Graph]) -> None:
+    graph, before = captured("bert"), captured("bert")
+    _run(graph, bits=8, activations="int8-rows")
+    for node in graph.find(lam.linear_int8.default):
+        codes, scales = (graph.weight(graph.operand(node, n)) for n in ("weight", "scales"))
+        weight = before.weight(str(graph.operand(node, "weight").target).removesuffix("_codes"))
+        # Half a step of the largest entry of the row over 128, or what a clipped entry loses.
+        error = (codes * scales[:, None] - weight).abs() / weight.abs().amax(1, keepdim=True)
+        assert float(error.max()) < 0.02
+        assert float(error.mean()) < 0.25 / 128 + 1e-4
+
+
+def test_a_broken_weight_of_an_integer_layer_is_named(captured: Callable[[str], Graph]) -> None:
+    graph = captured("llama")
+    node = graph.weight_node("model.layers.1.mlp.up_proj.weight")
+    broken = graph.weight(node).clone()
+    broken[3, 5] = float("nan")
+    graph.set_weight(node, broken)
+    with pytest.raises(PassError, match=r"'model.layers.1.mlp.up_proj.weight' can't be quantized"):
+        _run(graph, bits=8, activations="int8-rows")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,11 +14,12 @@ from torch.fx import Node
 from lamella.errors import PassError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
-from lamella.ir.quantize import SCALE_DTYPES, Format, Quantized, quantize
+from lamella.ir.quantize import SCALE_DTYPES, Format, Quantized, integers, quantize
 from lamella.ir.reducers import MeanSquare
 from lamella.ir.runner import Request
 from lamella.passes.base import Analyses, Effect, Transform
 from lamella.passes.sites import Site, find_sites, other_weights
+from lamella.passes.transforms.integer_layers import ACTIVATIONS, integer_layers, rewire
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class QuantizeWeights(Transform):
     mixture of experts never gets less than 8. Without it the plan that `allocate-bits` left on
     the graph is followed. Weights are read, rounded and put back one by one.
 
+    With `activations` the linear layers that see many rows multiply 8-bit integers by 8-bit
+    integers: their symmetric weights of 8 bits get one scale per output instead of blocks, and
+    they become `lamella::linear_int8` (see `lamella.passes.transforms.integer_layers`). All others
+    are stored as before.
+
     Attributes:
         bits: 2, 4 or 8 for all; None follows the plan of the graph.
         block: Weights that share a scale: 32, 64 or 128; only with `bits`.
@@ -41,6 +48,12 @@ class QuantizeWeights(Transform):
         min_size: Weights with fewer entries stay as they are; only with `bits`.
         int8_activations: Round the inputs of linear layers to 8 bits per row and block, as the
             fast kernels do; the loss is then measured with the numerics that will run.
+        activations: ``"none"``; ``"int8-rows"``: a scale for every row of the inputs, so that the
+            result for a token does not depend on the batch; ``"int8-tensor"``: one scale for all
+            rows, faster and less exact; ``"int8"``: one scale where the samples show that rows
+            are alike, a scale for every row elsewhere and without samples.
+        min_rows: Layers that see fewer rows of one input of 128 tokens, where reading the weight
+            takes longer than multiplying, stay as they are stored; only with `activations`.
         by_inputs: Weigh the squared error of each column by the mean square of its inputs over
             the samples, instead of all alike.
 
@@ -61,6 +74,8 @@ class QuantizeWeights(Transform):
     scales: str = "float16"
     min_size: int = 1 << 14
     int8_activations: bool = True
+    activations: str = "none"
+    min_rows: int = 16
     by_inputs: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +87,17 @@ class QuantizeWeights(Transform):
             )
         if self.min_size < 0:
             raise ValueError(f"min_size must not be negative, got {self.min_size}")
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(
+                f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}"
+            )
+        if self.min_rows < 0:
+            raise ValueError(f"min_rows must not be negative, got {self.min_rows}")
+        if self.activations != "none" and self.bits in (2, 4):
+            raise ValueError(
+                f"activations={self.activations} needs weights of 8 bits, got bits={self.bits}; "
+                f"use bits=8, or allocate-bits with 8 among its choices"
+            )
         self._format(self.bits or 4)
 
     def run(self, graph: Graph, analyses: Analyses) -> None:
@@ -80,11 +106,24 @@ class QuantizeWeights(Transform):
         plan = self._uniform(sites) if self.bits else _stored_plan(graph, sites)
         todo = [site for site in sites if plan.get(site.weight, _AS_IT_IS).bits != 32]
         importance = _importance(todo, analyses) if self.by_inputs else {}
+        per_row = self._integer_layers(graph, analyses, {s: plan[s.weight] for s in todo})
         for site in todo:
-            stored = _quantized(graph, site, plan[site.weight], importance.get(site.weight))
-            self._rewire(graph, site, stored)
+            format, columns = plan[site.weight], importance.get(site.weight)
+            with _named(site):
+                if site in per_row:
+                    rewire(graph, site, integers(graph.weight(site.node), columns), per_row[site])
+                else:
+                    self._rewire(graph, site, quantize(graph.weight(site.node), format, columns))
         graph.plan = {k: v for k, v in graph.plan.items() if k not in plan}
         _report(graph, analyses, sites, todo)
+
+    def _integer_layers(
+        self, graph: Graph, analyses: Analyses, formats: Mapping[Site, Format]
+    ) -> Mapping[Site, bool]:
+        """The sites that become products of integers -> whether each row has a scale."""
+        if self.activations == "none":
+            return {}
+        return integer_layers(graph, analyses, formats, (self.activations, self.min_rows))
 
     def _format(self, bits: int) -> Format:
         return Format(bits, self.block, self.symmetric, SCALE_DTYPES[self.scales])
@@ -147,9 +186,11 @@ def _stored_plan(graph: Graph, sites: tuple[Site, ...]) -> Mapping[str, Format]:
     return graph.plan
 
 
-def _quantized(graph: Graph, site: Site, format: Format, importance: Tensor | None) -> Quantized:
+@contextlib.contextmanager
+def _named(site: Site) -> Generator[None]:
+    """Say which weight can't be quantized."""
     try:
-        return quantize(graph.weight(site.node), format, importance)
+        yield
     except ValueError as error:
         raise PassError(f"weight {site.weight!r} can't be quantized: {error}") from error
 
