@@ -61,11 +61,15 @@ class StateCache(Cache):
         if self.state is not None:
             self.state.repeat(repeats)
 
-    def crop(self, max_length: int) -> None:
-        """Forget all but the first `max_length` tokens, or the last ``-max_length`` if negative."""
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens; a positive number is how many stay.
+
+        Both are in use: transformers counted what stays until 5.0, and counts what goes since.
+        """
         if self.state is not None:
             length = self.state.length
-            self.state.crop(length + max_length if max_length < 0 else min(max_length, length))
+            kept = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
+            self.state.crop(min(kept, length))
 
     def reset(self) -> None:
         """Forget everything."""
