@@ -87,6 +87,55 @@ class Session:
             ) from error
         return [torch.from_numpy(array) for array in results]
 
+    def bind(self) -> Bound:
+        """A call whose inputs and outputs are bound to memory before it runs."""
+        return Bound(self._session, _refusals(self._ort), self._ort.OrtValue)
+
+    def last_size(self, output: str) -> int:
+        """The last size of an output, which is a number in the file."""
+        found = next(o for o in self._session.get_outputs() if o.name == output)
+        return int(found.shape[-1])
+
+
+class Bound:
+    """A call of a session on memory of PyTorch: nothing is allocated and nothing copied.
+
+    Numbers may be written into the tensors between runs; a tensor of another shape is bound anew.
+    """
+
+    def __init__(self, session: Any, refusals: tuple[type[Exception], ...], value: Any) -> None:
+        """Made by `Session.bind`."""
+        self._session, self._refusals, self._value = session, refusals, value
+        self._binding = session.io_binding()
+        # What is bound is not owned by the runtime.
+        self._kept: dict[str, Tensor] = {}
+
+    def input(self, name: str, tensor: Tensor) -> None:
+        """Read input `name` from a contiguous tensor on the CPU."""
+        self._binding.bind_ortvalue_input(name, self._over(name, tensor))
+
+    def output(self, name: str, tensor: Tensor) -> None:
+        """Write output `name` into a contiguous tensor on the CPU."""
+        self._binding.bind_ortvalue_output(name, self._over(name, tensor))
+
+    def run(self) -> None:
+        """Run on what is bound.
+
+        Raises:
+            BackendError: An operator failed, for example on sizes that do not fit together.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except self._refusals as error:
+            shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in self._kept.items())
+            raise BackendError(f"onnxruntime failed on {shapes}: {_told(error)}") from error
+
+    def _over(self, name: str, tensor: Tensor) -> Any:
+        if not tensor.is_contiguous():
+            raise BackendError(f"the tensor for {name} has gaps in memory; pass a contiguous one")
+        self._kept[name] = tensor
+        return self._value.ortvalue_from_numpy(tensor.detach().numpy())
+
 
 def require(provider: str) -> None:
     """Refuse at once what a session would refuse later.

@@ -95,11 +95,14 @@ def _rounded_rows(e: Emission, call: Call) -> Rounded:
         x, rank = e.tensor(source, torch.float32), call.fake("input").ndim
         largest = e.op("ReduceMax", e.op("Abs", x), e.ints(-1), keepdims=1)
         step = e.op("Max", e.op("Div", largest, e.const(127.0)), e.const(SMALLEST_STEP))
-        flat = e.op("Reshape", step, e.ints(-1))
-        zeros = e.op("Expand", zero, e.op("Shape", flat))
-        rows = x if rank == 2 else e.op("Reshape", x, e.ints(-1, int(call.fake("input").shape[-1])))
-        codes = e.op("QuantizeLinear", rows, flat, zeros, axis=0)
-        codes = codes if rank == 2 else e.op("Reshape", codes, e.op("Shape", x))
+        # Computed from sizes alone, it is the same for all layers, and ONNX Runtime sees that.
+        sizes = [e.size(source, axis) for axis in range(rank)]
+        count = e.op("ReduceProd", e.op("Concat", *sizes[:-1], axis=0), keepdims=1)
+        zeros = e.op("Expand", zero, count)
+        rows = x if rank == 2 else e.op("Reshape", x, e.op("Concat", count, sizes[-1], axis=0))
+        codes = e.op("QuantizeLinear", rows, e.op("Reshape", step, e.ints(-1)), zeros, axis=0)
+        if rank > 2:
+            codes = e.op("Reshape", codes, e.op("Concat", *sizes, axis=0))
         e.views |= {(source, "row codes"): codes, (source, "row step"): step}
     return e.views[source, "row codes"], e.views[source, "row step"], zero
 
