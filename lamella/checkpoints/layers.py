@@ -17,7 +17,7 @@ from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.meta import build_without_data
 
-Path = tuple[str | int, ...]
+Route = tuple[str | int, ...]
 """Where a value lies in a nested config."""
 
 _COUNTS_LAYERS = re.compile(r"layer|depth|block")
@@ -134,7 +134,7 @@ def _contracted(graph: Graph) -> frozenset[str]:
     return frozenset(names)
 
 
-def _counts(data: Any, count: int) -> Iterator[Path]:
+def _counts(data: Any, count: int) -> Iterator[Route]:
     """Where a config holds the number `count` under a name that may count layers."""
     for path, value in _entries(data, ()):
         names = [part for part in path if isinstance(part, str)]
@@ -143,7 +143,7 @@ def _counts(data: Any, count: int) -> Iterator[Path]:
             yield path
 
 
-def _entries(data: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def _entries(data: Any, path: Route) -> Iterator[tuple[Route, Any]]:
     pairs: Any = ()
     if isinstance(data, dict):
         pairs = cast(dict[str, Any], data).items()
@@ -154,7 +154,7 @@ def _entries(data: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         yield from _entries(value, (*path, key))
 
 
-def _shortened(data: dict[str, Any], path: Path, one: LayerList) -> dict[str, Any]:
+def _shortened(data: dict[str, Any], path: Route, one: LayerList) -> dict[str, Any]:
     """A copy of the config that counts fewer layers at `path`."""
     made = copy.deepcopy(data)
     owner: Any = made

@@ -20,9 +20,7 @@ from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
 from lamella.ir.torch_private import tree_map
 
-_NORMS = frozenset(
-    {aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default}
-)
+_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
 _NOT_PART = ("hidden_states.", "attentions.", "encoder_hidden_states.", "decoder_hidden_states.")
 """Outputs that show the inside of a model, of which passes may have taken some out."""
 
