@@ -12,9 +12,23 @@ from torch import Tensor
 from lamella.backends.artifact import Artifact
 from lamella.backends.base import Backend
 from lamella.backends.inputs import specs_from_json, specs_of
-from lamella.backends.onnxruntime.executable import OnnxExecutable, OnnxFiles, files_from
-from lamella.backends.onnxruntime.files import MODEL, Scratch, save_model, weight_bytes
-from lamella.backends.onnxruntime.session import CPU, Session, require
+from lamella.backends.onnxruntime.binding import binding_of
+from lamella.backends.onnxruntime.emission import Caches
+from lamella.backends.onnxruntime.executable import (
+    OnnxExecutable,
+    OnnxFiles,
+    Opener,
+    files_from,
+)
+from lamella.backends.onnxruntime.files import (
+    DECODER,
+    MODEL,
+    Scratch,
+    save_beside,
+    save_model,
+    weight_bytes,
+)
+from lamella.backends.onnxruntime.session import CPU, require
 from lamella.backends.onnxruntime.writer import outputs_of, unsupported, write_onnx
 from lamella.errors import ArtifactError, BackendError
 from lamella.ir.graph import Graph
@@ -68,12 +82,20 @@ class OnnxRuntimeBackend(Backend):
         self.check(graph)
         if self.provider == CPU:
             _refuse_bfloat16(graph)
-        model = write_onnx(graph, opset=self.opset, contrib=self.contrib)
         scratch = Scratch(self.scratch)
-        save_model(model, scratch.path)
-        session = Session(scratch.path / MODEL, provider=self.provider, threads=self.threads)
-        files = OnnxFiles(scratch.path, outputs_of(graph), weight_bytes(model), scratch)
-        return OnnxExecutable(files, session, graph.signature, specs_of(graph), report)
+        model = write_onnx(graph, opset=self.opset, contrib=self.contrib)
+        size = weight_bytes(model)
+        binding = binding_of(graph) if self.contrib and self.provider == CPU else None
+        if binding is None:
+            save_model(model, scratch.path)
+        else:
+            buffered = write_onnx(
+                graph, opset=self.opset, contrib=self.contrib, caches=Caches.BOUND
+            )
+            save_model(buffered, scratch.path, DECODER)
+            save_beside(model, scratch.path, DECODER)
+        files = OnnxFiles(scratch.path, outputs_of(graph), size, binding, scratch)
+        return OnnxExecutable(files, self._opener(), graph.signature, specs_of(graph), report)
 
     def load(self, artifact: Artifact) -> OnnxExecutable:
         """The executable in a folder whose digests were checked.
@@ -88,9 +110,11 @@ class OnnxRuntimeBackend(Backend):
         files = files_from(artifact.folder, described.details)
         signature = Signature.from_json(described.signature)
         report = None if described.report is None else Report.from_json(described.report)
-        session = Session(artifact.folder / MODEL, provider=self.provider, threads=self.threads)
         inputs = specs_from_json(described.inputs)
-        return OnnxExecutable(files, session, signature, inputs, report)
+        return OnnxExecutable(files, self._opener(), signature, inputs, report)
+
+    def _opener(self) -> Opener:
+        return Opener(self.provider, self.threads)
 
 
 def _refuse_bfloat16(graph: Graph) -> None:

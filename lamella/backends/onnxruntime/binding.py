@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from lamella.backends.onnxruntime.emission import Call
-from lamella.backends.onnxruntime.emit.rotary_tables import rows_of
+from lamella.backends.onnxruntime.emit.rotary_tables import rotated_alike, rows_of, table_of
 from lamella.errors import ArtifactError
 from lamella.ir.graph import Graph
 
@@ -69,7 +69,8 @@ def binding_of(graph: Graph) -> Binding | None:
     names = graph.signature.inputs
     mask = graph.inputs[names.index(layout.mask)]
     windowed = any(call["window"] for call in calls)
-    return Binding(_padding(calls, mask, layout.slots), windowed, rows_of(graph))
+    limit = rows_of(graph) if any(_takes_tables(graph, call) for call in calls) else None
+    return Binding(_padding(calls, mask, layout.slots), windowed, limit)
 
 
 def _fits(call: Call) -> bool:
@@ -83,6 +84,11 @@ def _fits(call: Call) -> bool:
     # A buffer has more rows than were ever filled: nothing else may read it.
     alone = all(slot.op == "placeholder" and len(slot.users) == 1 for slot in slots)
     return alone and all(_goes_out(user) for user in call.node.users if user.args[1])
+
+
+def _takes_tables(graph: Graph, call: Call) -> bool:
+    query = call["query"]
+    return rotated_alike(query, call["key"]) and table_of(graph, query) is not None
 
 
 def _goes_out(present: Node) -> bool:

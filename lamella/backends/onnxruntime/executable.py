@@ -6,17 +6,22 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
 from lamella.backends.base import Executable
+from lamella.backends.decoder import Decoder, GrowingDecoder, check_covered
 from lamella.backends.inputs import InputSpec, check_inputs
-from lamella.backends.onnxruntime.files import Scratch, files_in
+from lamella.backends.onnxruntime.binding import Binding
+from lamella.backends.onnxruntime.decoder import OnnxDecoder
+from lamella.backends.onnxruntime.files import DECODER, MODEL, Scratch, files_in
 from lamella.backends.onnxruntime.session import Session
 from lamella.backends.onnxruntime.writer import Output
 from lamella.errors import ArtifactError
+from lamella.ir.cache import CacheLayout
 from lamella.ir.signature import Signature
 from lamella.report import Report
 
@@ -29,36 +34,79 @@ class OnnxFiles:
         folder: Where `model.onnx` lies.
         outputs: Where each flat output of the signature comes from.
         weight_bytes: Bytes of the weights.
+        binding: What buffers can do for the graph of `decoder.onnx`; None without that file.
         temporary: The owner of the folder when it goes with the executable.
     """
 
     folder: Path
     outputs: tuple[Output, ...]
     weight_bytes: int
+    binding: Binding | None = None
     temporary: Scratch | None = None
 
 
-class OnnxExecutable(Executable):
-    """A model run by ONNX Runtime.
+@dataclass(frozen=True)
+class Opener:
+    """How sessions are made.
 
     Attributes:
-        session: The session, loaded and optimized.
+        provider: Execution provider.
+        threads: Threads for one operator; None means the physical cores.
     """
+
+    provider: str
+    threads: int | None
+
+    def open(self, path: Path) -> Session:
+        """A session of an ONNX file."""
+        return Session(path, provider=self.provider, threads=self.threads)
+
+
+class OnnxExecutable(Executable):
+    """A model run by ONNX Runtime."""
 
     backend = "onnxruntime"
 
     def __init__(
         self,
         files: OnnxFiles,
-        session: Session,
+        opener: Opener,
         signature: Signature,
         inputs: Sequence[InputSpec],
         report: Report | None = None,
     ) -> None:
-        """Take over a session of the model in `files`."""
+        """Open a session of the model in `files`.
+
+        A model with its caches as buffers is opened as that: two sessions would hold the weights
+        twice, and the other is needed by few.
+        """
         super().__init__(signature, report, inputs)
-        self.session = session
-        self._files = files
+        self._files, self._opener = files, opener
+        _ = self.session if files.binding is None else self._buffered
+
+    @cached_property
+    def session(self) -> Session:
+        """The session, loaded and optimized."""
+        return self._opener.open(self._files.folder / MODEL)
+
+    @cached_property
+    def _buffered(self) -> Session:
+        return self._opener.open(self._files.folder / DECODER)
+
+    def decoder(self, layout: CacheLayout) -> Decoder:
+        """A decoder whose caches are buffers where they can be.
+
+        Raises:
+            BackendError: The graph takes something that generation has nothing to give for.
+        """
+        general = lambda: GrowingDecoder(  # noqa: E731
+            self.run, layout, self.inputs, self.signature.outputs
+        )
+        binding = self._files.binding
+        if binding is None:
+            return general()
+        check_covered(layout, [spec.name for spec in self.inputs])
+        return OnnxDecoder(layout, self._buffered, binding, general)
 
     def run(self, values: Sequence[Any]) -> Sequence[Any]:
         """The flat outputs of flat inputs; tensors are handed over without copies."""
@@ -98,7 +146,8 @@ class OnnxExecutable(Executable):
         return {
             "outputs": [[o.name, o.value, o.integer] for o in self._files.outputs],
             "weight_bytes": self.weight_bytes,
-            "provider": self.session.provider,
+            "binding": None if self._files.binding is None else self._files.binding.to_json(),
+            "provider": self._opener.provider,
         }
 
 
@@ -112,7 +161,9 @@ def files_from(folder: Path, details: Mapping[str, Any]) -> OnnxFiles:
         outputs = tuple(
             Output(name, value, bool(integer)) for name, value, integer in details["outputs"]
         )
-        return OnnxFiles(folder, outputs, int(details["weight_bytes"]))
+        bound = details.get("binding")
+        binding = None if bound is None else Binding.from_json(bound)
+        return OnnxFiles(folder, outputs, int(details["weight_bytes"]), binding)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"the manifest of {str(folder)!r} does not describe an ONNX model "

@@ -13,6 +13,8 @@ from lamella.backends.artifact import check_space
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+DECODER = "decoder.onnx"
+"""The same model with its caches as buffers; it has its weights in the same file."""
 
 _ONE_FILE_BYTES = 16 * 2**20
 _SMALL_TENSOR_BYTES = 1024
@@ -39,7 +41,7 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in values if value.const_value is not None)
 
 
-def save_model(model: ir.Model, folder: Path) -> None:
+def save_model(model: ir.Model, folder: Path, name: str = MODEL) -> None:
     """Write a model into a folder.
 
     Weights are read, written and forgotten one by one. A model of more than 16 MB has them in a
@@ -53,11 +55,11 @@ def save_model(model: ir.Model, folder: Path) -> None:
     check_space(folder, size + _SPARE_BYTES)
     try:
         if size <= _ONE_FILE_BYTES:
-            ir.save(model, folder / MODEL)
+            ir.save(model, folder / name)
         else:
             ir.save(
                 model,
-                folder / MODEL,
+                folder / name,
                 external_data=DATA,
                 size_threshold_bytes=_SMALL_TENSOR_BYTES,
             )
@@ -69,6 +71,25 @@ def save_model(model: ir.Model, folder: Path) -> None:
         raise _root_of(error) from error
 
 
+def save_beside(model: ir.Model, folder: Path, other: str) -> None:
+    """Write a model that has its weights where the model `other` of the folder has them.
+
+    Raises:
+        OSError: The disk is full, or the folder can't be written.
+    """
+    stored = ir.load(folder / other).graph.initializers
+    for name, value in model.graph.initializers.items():
+        twin = stored[name].const_value if name in stored else None
+        held = value.const_value
+        if isinstance(twin, ir.ExternalTensor) and held is not None and _alike(twin, held):
+            value.const_value = twin
+    ir.save(model, folder / MODEL)
+
+
+def _alike(one: ir.TensorProtocol, two: ir.TensorProtocol) -> bool:
+    return one.dtype == two.dtype and one.shape == two.shape
+
+
 def _root_of(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
@@ -77,4 +98,4 @@ def _root_of(error: BaseException) -> BaseException:
 
 def files_in(folder: Path) -> list[Path]:
     """The files of a model, those that exist."""
-    return [path for path in (folder / MODEL, folder / DATA) if path.is_file()]
+    return [path for path in (folder / MODEL, folder / DATA, folder / DECODER) if path.is_file()]

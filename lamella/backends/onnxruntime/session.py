@@ -118,6 +118,10 @@ class Bound:
         """Write output `name` into a contiguous tensor on the CPU."""
         self._binding.bind_ortvalue_output(name, self._over(name, tensor))
 
+    def tensor(self, name: str) -> Tensor:
+        """What is bound as `name`."""
+        return self._kept[name]
+
     def run(self) -> None:
         """Run on what is bound.
 

@@ -20,7 +20,7 @@ from torch.fx import Node
 from lamella.backends.onnxruntime.counts import FILLED, TOTAL
 from lamella.backends.onnxruntime.emission import MICROSOFT, Caches, Call, Emission, Emitter
 from lamella.backends.onnxruntime.emit.heads import heads_joined
-from lamella.backends.onnxruntime.emit.rotary_tables import table_of
+from lamella.backends.onnxruntime.emit.rotary_tables import rotated_alike, table_of
 from lamella.backends.onnxruntime.extents import same_size
 
 lam = torch.ops.lamella
@@ -71,23 +71,16 @@ def _over_buffers(e: Emission, call: Call) -> tuple[ir.Value, ...]:
 
 def _tables(e: Emission, call: Call) -> tuple[ir.Value, ir.Value] | None:
     """Cosines and sines of all positions, when queries and keys are rotated by them."""
-    query, key = call["query"], call["key"]
-    if not all(
-        isinstance(n, Node) and n.target is lam.rotary_embedding.default for n in (query, key)
-    ):
+    rotary = call["query"]
+    if not rotated_alike(rotary, call["key"]):
         return None
-    angles = [tuple(Call.of(node)[name] for name in ("cos", "sin")) for node in (query, key)]
-    if angles[0] != angles[1] or int(call.fake("query").shape[3]) % 16:
-        return None
-    cos, sin = angles[0]
-    names = (f"cos of {cos.name}", f"sin of {sin.name}")
-    if names[0] not in e.counts:
-        table = table_of(e.graph, query)
-        if table is None or table.cos.shape[1] % 8:
+    cos, sin = ((Call.of(rotary)[name], "of all positions") for name in ("cos", "sin"))
+    if cos not in e.views:
+        table = table_of(e.graph, rotary)
+        if table is None:
             return None
-        e.counts[names[0]] = e.const(table.cos.numpy())
-        e.counts[names[1]] = e.const(table.sin.numpy())
-    return e.counts[names[0]], e.counts[names[1]]
+        e.views[cos], e.views[sin] = e.const(table.cos.numpy()), e.const(table.sin.numpy())
+    return e.views[cos], e.views[sin]
 
 
 def _packed(joined: list[ir.Value]) -> list[ir.Value | None]:

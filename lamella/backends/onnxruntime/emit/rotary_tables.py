@@ -47,11 +47,20 @@ def rows_of(graph: Graph) -> int:
     return min(most if isinstance(most, int) else _ROWS, _MOST_ROWS)
 
 
+def rotated_alike(query: Node, key: Node) -> bool:
+    """Whether the queries and keys of an attention are rotated, and by the same angles."""
+    if {query.target, key.target} != {lam.rotary_embedding.default}:
+        return False
+    one, two = ops.bind(query), ops.bind(key)
+    return all(one[name] is two[name] for name in ("cos", "sin", "interleaved"))
+
+
 def table_of(graph: Graph, rotary: Node) -> Table | None:
     """The angles of `lamella::rotary_embedding` by position, or None.
 
     None where they depend on something else than the position, or the two halves of a row are
-    not the same, or the channels are paired otherwise.
+    not the same, or the channels are paired otherwise, or there are not a multiple of 16, which
+    `com.microsoft.GroupQueryAttention` asks for.
     """
     bound, positions = ops.bind(rotary), _positions(graph)
     if positions is None or bound["interleaved"]:
@@ -69,7 +78,7 @@ def table_of(graph: Graph, rotary: Node) -> Table | None:
         if not torch.equal(first, second):
             return None
         halves.append(first.contiguous())
-    return Table(*halves)
+    return Table(*halves) if halves[0].shape[1] % 8 == 0 else None
 
 
 def _positions(graph: Graph) -> Node | None:
