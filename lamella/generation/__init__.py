@@ -32,9 +32,7 @@ def can_generate(graph: Graph) -> bool:
     return graph.origin.generation is not None and graph.origin.config is not None
 
 
-def lower(
-    graph: Graph, backend: Backend, report: Report | None = None
-) -> GenerativeExecutable:
+def lower(graph: Graph, backend: Backend, report: Report | None = None) -> GenerativeExecutable:
     """Lower a language model with its cache; `graph` is left as it is.
 
     Raises:
@@ -116,9 +114,7 @@ def _part(artifact: Artifact, name: str, part: Any) -> Artifact:
         for path, entry in artifact.files.items()
         if path.startswith(prefix)
     }
-    return replace(
-        artifact, folder=artifact.folder / name, description=description, files=files
-    )
+    return replace(artifact, folder=artifact.folder / name, description=description, files=files)
 
 
 def lower_any(graph: Graph, backend: Backend, report: Report | None = None) -> Executable:

@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers.generation import GenerationMixin
+from transformers import GenerationMixin
 
 from lamella.generation.model import GenerativeExecutable
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
-from transformers.generation import GenerationMixin
+from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from lamella.backends.base import Executable
 from lamella.backends.decoder import Decoder
@@ -185,7 +184,7 @@ class GenerativeExecutable(GenerationMixin, Executable):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: StateCache | None = None,
+        past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         encoder_outputs: EncoderStates | None = None,
@@ -275,14 +274,14 @@ class GenerativeExecutable(GenerationMixin, Executable):
         """Itself: a compiled model stays on the device it was compiled for."""
         return self
 
-    def _prepare_cache_for_generation(  # noqa: PLR0913, PLR0917  (overrides that of transformers)
+    def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = StateCache(max_cache_length)
@@ -333,7 +332,7 @@ def config_of(data: Mapping[str, Any]) -> PreTrainedConfig:
     Raises:
         GenerationError: Transformers doesn't know the kind of model.
     """
-    kind = data.get("model_type")
+    kind = str(data.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise GenerationError(f"transformers has no config for the model type {kind!r}")
     return CONFIG_MAPPING[kind].from_dict(dict(data))

@@ -93,5 +93,13 @@ class CacheLayout:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CacheLayout:
         """Read what `to_json` wrote."""
-        slots = tuple(Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in data["slots"])
-        return cls(**{**data, "slots": slots, "once": tuple(data["once"])})
+        fields: dict[str, Any] = dict(data)
+        fields["slots"] = tuple(_slot_from(slot) for slot in data["slots"])
+        fields["once"] = tuple(data["once"])
+        return cls(**fields)
+
+
+def _slot_from(data: Mapping[str, Any]) -> Slot:
+    fields: dict[str, Any] = dict(data)
+    fields["shape"] = tuple(data["shape"])
+    return Slot(**fields)

@@ -93,7 +93,7 @@ def _softcapped(  # noqa: PLR0913  (the parts of attention)
     return result.masked_fill(~seen.any(-1, keepdim=True), 0.0)
 
 
-def cached_selective_scan(  # noqa: PLR0913  (the arguments of the operator)
+def cached_selective_scan(
     input: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `lamella::selective_scan` from a given state, and the state after it.
@@ -118,7 +118,7 @@ def cached_selective_scan(  # noqa: PLR0913  (the arguments of the operator)
     return torch.stack(outputs, dim=-1), state
 
 
-def _fake_cached_attention(  # noqa: PLR0913  (the arguments of the operator)
+def _fake_cached_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -18,9 +18,10 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.graph import CodeGen
 
 from lamella.errors import CaptureError
-from lamella.ir.graph import Graph, set_tensor
+from lamella.ir.graph import Graph
 from lamella.ir.scan import traceable_scans
 from lamella.ir.signature import Signature
+from lamella.ir.storage import set_tensor
 from lamella.ir.torch_private import (
     FakeTensor,
     TreeSpec,

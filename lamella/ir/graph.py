@@ -22,6 +22,7 @@ from lamella.ir.cache import CacheLayout
 from lamella.ir.edits import Edit, StopEditing
 from lamella.ir.quantize import Format
 from lamella.ir.signature import Signature
+from lamella.ir.storage import set_tensor, tensor_at
 from lamella.ir.stream import Block, Stream, find_stream
 from lamella.ir.streaming import Streaming
 from lamella.ir.text import text_of
@@ -184,7 +185,7 @@ class Graph:
         Raises:
             GraphError: The name is taken.
         """
-        if _has_attribute(self._module, name):
+        if tensor_at(self._module, name) is not None:
             raise GraphError(f"a weight called {name!r} exists already")
         self._store(name, value.detach())
         graph = self._module.graph
@@ -469,10 +470,8 @@ class Graph:
         return str(node.target)
 
     def _tensor(self, name: str) -> Tensor:
-        found: Any = self._module
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if not isinstance(found, Tensor):
+        found = tensor_at(self._module, name)
+        if found is None:
             raise GraphError(f"the graph has no weight called {name!r}")
         return found
 
@@ -488,25 +487,6 @@ class Graph:
             owner, _, leaf = name.rpartition(".")
             delattr(self._module.get_submodule(owner), leaf)
         return len(unread)
-
-
-def _has_attribute(module: torch.nn.Module, name: str) -> bool:
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is not None
-
-
-def set_tensor(module: torch.nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` at a dotted name of `module`, making the modules on the way."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if not hasattr(module, part):
-            module.add_module(part, torch.nn.Module())
-        module = getattr(module, part)
-    if hasattr(module, leaf):
-        delattr(module, leaf)
-    module.register_buffer(leaf, value)
 
 
 def _kind(value: Tensor) -> str:

@@ -223,6 +223,16 @@ def _fake_linear_nbits(
     return input.new_empty((*input.shape[:-1], packed.shape[0]))
 
 
+def _fake_linear_int8(
+    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, per_row: bool
+) -> Tensor:
+    if input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"an input of {input.shape[-1]} features meets a weight for {weight.shape[1]}"
+        )
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
 def _fake_embedding_nbits(  # noqa: PLR0913  (the arguments of the operator)
     packed: Tensor,
     scales: Tensor,
@@ -251,9 +261,7 @@ define(
 define(
     "linear_int8(Tensor input, Tensor weight, Tensor scales, Tensor? bias, bool per_row) -> Tensor",
     linear_int8,
-    lambda input, weight, scales, bias, per_row: input.new_empty(
-        (*input.shape[:-1], weight.shape[0])
-    ),
+    _fake_linear_int8,
 )
 define(
     "embedding_nbits(Tensor packed, Tensor scales, Tensor? zero_points, Tensor indices, int bits, "

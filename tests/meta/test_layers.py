@@ -25,11 +25,13 @@ ALLOWED = {
     "passes": _IR | {"rewrite", "rules"},
     "backends": _IR,
     "checkpoints": _IR | {"rewrite", "backends"},
+    "generation": _IR | {"rewrite", "backends"},
     "plugins": _IR | {"rewrite", "rules", "passes", "backends"},
     "latency": _IR | {"passes", "backends"},
     "recipe": _IR | {"rewrite", "rules", "passes", "plugins"},
     "api": _IR
-    | {"rewrite", "rules", "passes", "backends", "checkpoints", "plugins", "recipe", "latency"},
+    | {"rewrite", "rules", "passes", "backends", "checkpoints", "generation", "plugins"}
+    | {"recipe", "latency"},
     "cli": _IR | {"rules", "passes", "backends", "plugins", "recipe", "api", "__init__"},
 }
 

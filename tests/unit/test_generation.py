@@ -178,7 +178,7 @@ def test_a_corrupted_byte_is_refused(executable, tmp_path):
     for path in files:
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(ArtifactError, match="digest|changed|corrupt|differs"):
+        with pytest.raises(ArtifactError, match="differs from what was saved"):
             lamella.load(tmp_path / "out")
         path.write_bytes(whole)
 

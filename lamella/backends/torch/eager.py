@@ -22,10 +22,11 @@ from lamella.backends.inputs import check_inputs
 from lamella.backends.torch.portable import Portable
 from lamella.errors import ArtifactError
 from lamella.ir import ops
-from lamella.ir.graph import Graph, set_tensor
+from lamella.ir.graph import Graph
 from lamella.ir.operators import round_to_int8, rounded_rows, rounded_tensor
 from lamella.ir.packing import dequantize
 from lamella.ir.signature import Signature
+from lamella.ir.storage import set_tensor
 from lamella.report import Report
 
 aten = torch.ops.aten

@@ -17,7 +17,8 @@ from torch.fx import Node
 
 from lamella.errors import ArtifactError, BackendError
 from lamella.ir import ops
-from lamella.ir.graph import Graph, set_tensor
+from lamella.ir.graph import Graph
+from lamella.ir.storage import set_tensor
 
 FORMAT = 1
 """Version of the text; a reader refuses newer ones."""

@@ -22,7 +22,7 @@ from lamella.ir.onnx.builder import Builder
 from lamella.ir.onnx.dims import Input, Samples, make_inputs
 from lamella.ir.onnx.experts import Experts, find_experts
 from lamella.ir.onnx.file import ModelFile, display_name, op_key, open_model, unsupported
-from lamella.ir.onnx.table import BUILDERS
+from lamella.ir.onnx.table import BUILDERS, integers
 from lamella.ir.onnx.table.contraction import grouped_linear
 from lamella.ir.onnx.table.scan import build_scan
 from lamella.ir.onnx.values import Constant, Op, Value
@@ -73,6 +73,7 @@ def read_onnx(
     results = reader.run_graph(opened.model.graph, scope, {})
     nodes = [reader.builder.node(value) for value in results]
     graph.set_outputs(nodes, graph.signature)
+    integers.settle(graph)
     graph.finish()
     return graph
 

@@ -77,45 +77,40 @@ def _of_operator(node: Node) -> Site:
 
 def _softcapped(node: Node) -> Site | None:
     """``softmax(c tanh(s q k^T / c) + mask) v``, which no operator of PyTorch computes."""
-    weights = node.args[0]
-    if not _is(weights, aten.softmax.int) or not _is(added := weights.args[0], aten.add.Tensor):
+    weights, value = _operands(node, aten.matmul.default)
+    added, *_ = _operands(weights, aten.softmax.int)
+    scores, mask = _operands(added, aten.add.Tensor)[:2]
+    capped, softcap = _operands(scores, aten.mul.Tensor)[:2]
+    halved, *_ = _operands(capped, aten.tanh.default)
+    scaled, divisor = _operands(halved, aten.div.Tensor)[:2]
+    product, scale = _operands(scaled, aten.mul.Tensor)[:2]
+    if product is None:
+        product, scale = scaled, 1.0
+    query, turned = _operands(product, aten.matmul.default)[:2]
+    key, *_ = _operands(turned, aten.transpose.int)
+    numbers = all(isinstance(number, int | float) for number in (softcap, divisor, scale))
+    if not numbers or softcap != divisor or not isinstance(mask, Node) or key is None:
         return None
-    scores, mask = added.args[:2]
-    capped = _factor(scores, aten.mul.Tensor)
-    if capped is None or not isinstance(mask, Node) or not _is(capped[0], aten.tanh.default):
-        return None
-    inner = _factor(capped[0].args[0], aten.div.Tensor)
-    scaled = None if inner is None else _factor(inner[0], aten.mul.Tensor)
-    product = inner[0] if inner is not None and scaled is None else scaled and scaled[0]
-    if inner is None or inner[1] != capped[1] or not _is(product, aten.matmul.default):
-        return None
-    query, turned = product.args[:2]
-    if not _is(turned, aten.transpose.int) or not isinstance(query, Node):
-        return None
-    key, value = _unrepeated(turned.args[0]), _unrepeated(node.args[1])
-    scale = 1.0 if scaled is None else scaled[1]
-    return Site(node, query, key, value, mask, scale, softcap=capped[1])
+    found = (query, _unrepeated(key), _unrepeated(value))
+    return Site(node, *found, mask, float(scale), softcap=float(softcap))
 
 
-def _is(node: Any, target: Any) -> bool:
-    return isinstance(node, Node) and node.target is target
-
-
-def _factor(node: Any, target: Any) -> tuple[Node, float] | None:
-    """The tensor and the number of a product or quotient of both."""
-    if not _is(node, target) or isinstance(node.args[1], Node):
-        return None
-    return node.args[0], float(node.args[1])
+def _operands(node: Any, target: Any) -> tuple[Any, ...]:
+    """The operands of a call of `target`; Nones for anything else."""
+    found = isinstance(node, Node) and node.target is target
+    return tuple(node.args) if found else (None, None)
 
 
 def _unrepeated(node: Any) -> Node:
     """Keys or values before each head was repeated."""
-    if _is(node, aten.reshape.default) and _is(node.args[0], aten.expand.default):
-        before = node.args[0].args[0]
-        if _is(before, aten.unsqueeze.default) and before.args[1] == 2:
-            return before.args[0]
-    if _is(node, aten.repeat_interleave.self_int) and ops.bind(node)["dim"] == 1:
-        return node.args[0]
+    expanded, *_ = _operands(node, aten.reshape.default)
+    unsqueezed, *_ = _operands(expanded, aten.expand.default)
+    before, axis = _operands(unsqueezed, aten.unsqueeze.default)[:2]
+    if before is not None and axis == 2:
+        return before
+    repeated, *_ = _operands(node, aten.repeat_interleave.self_int)
+    if repeated is not None and ops.bind(node)["dim"] == 1:
+        return repeated
     return node
 
 
@@ -178,7 +173,7 @@ def _seen(value: Tensor) -> Tensor | None:
     return ~hidden if bool(((value == 0) | hidden).all()) else None
 
 
-def _agrees(  # noqa: PLR0913  (the case and the claim)
+def _agrees(
     seen: Tensor | None, new: int, past: int, mask: Tensor, window: int, padding: bool
 ) -> bool:
     wanted = _causal(new, past, window)[None, None]

@@ -95,7 +95,7 @@ class Builder:
             like: The fake value of the new rows.
             size: The last size, for a slot that doesn't grow.
         """
-        shape = list(like.shape)
+        shape: list[Any] = list(like.shape)
         shape[2] = self.past if size is None else size
         with self.graph.fake_mode():
             value = torch.empty(shape, dtype=like.dtype)
@@ -309,5 +309,4 @@ def _added(builder: Builder, rows: Node) -> Node:
     if rows.meta["val"].dtype != torch.bool:
         return rows
     lowest = torch.finfo(torch.float32).min
-    hidden = builder.graph.call(aten.where.ScalarSelf, rows, 0.0, lowest, after=rows)
-    return hidden
+    return builder.graph.call(aten.where.ScalarSelf, rows, 0.0, lowest, after=rows)

@@ -73,4 +73,3 @@ class Lengths:
                 assert callable(source.target)
                 self._totals[source] = self._graph.call(source.target, *args, after=source)
         return self._totals[source]
-

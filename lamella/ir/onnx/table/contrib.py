@@ -12,6 +12,7 @@ from lamella.ir.onnx.builder import Builder
 from lamella.ir.onnx.table.activations import swish
 from lamella.ir.onnx.table.attention import attended, join_heads, rotated, split_heads
 from lamella.ir.onnx.table.contraction import fused_matmul
+from lamella.ir.onnx.table.integers import dynamic_matmul, matmul_to_float
 from lamella.ir.onnx.table.normalization import normalized, rms_norm, root_mean_square
 from lamella.ir.onnx.table.shapes import reshaped
 from lamella.ir.onnx.values import Handler, Op, Result, Table, Value
@@ -162,10 +163,12 @@ def gather_nbits(g: Builder, op: Op) -> Result:
 _KNOWN: Mapping[str, tuple[Handler, str]] = {
     # Operator -> builder, and the attributes that it knows.
     "BiasGelu": (bias_gelu, ""),
+    "DynamicQuantizeMatMul": (dynamic_matmul, ""),
     "FastGelu": (bias_gelu, ""),
     "FusedMatMul": (fused_matmul, "alpha transA transB transBatchA transBatchB"),
     "GatherBlockQuantized": (gather_nbits, "bits block_size gather_axis quantize_axis"),
     "Gelu": (bias_gelu, ""),
+    "MatMulIntegerToFloat": (matmul_to_float, ""),
     "MatMulNBits": (matmul_nbits, "K N accuracy_level bits block_size"),
     "MultiHeadAttention": (
         multi_head_attention,
