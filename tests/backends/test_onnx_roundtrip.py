@@ -15,6 +15,7 @@ from lamella.backends.onnxruntime.writer import write_onnx
 from lamella.ir.graph import Graph
 from lamella.ir.onnx import read_onnx
 from lamella.ir.packing import pack
+from lamella.ir.quantize import integers
 from lamella.ir.torch_private import tree_leaves
 from lamella.ir.verify import verify
 from lamella.rewrite.canonicalize import canonicalize, noncanonical
@@ -148,6 +149,33 @@ def test_weights_of_few_bits_stay_packed(bits: int, zeros: bool, captured: Calla
         assert len(again.find(target)) == len(graph.find(target))
     assert again.find(aten.linear.default) == []
     assert_same(graph, again, "qwen2")
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_products_of_integers_stay(name: str, per_row: bool, captured: Callable[[str], Graph]):
+    graph = captured(name)
+    for node in graph.find(aten.linear.default):
+        stored = integers(graph.weight(graph.operand(node, "weight")))
+        label = graph.operand(node, "weight").target
+        codes = graph.add_weight(f"{label}_codes", stored.codes)
+        scales = graph.add_weight(f"{label}_scales", stored.scales)
+        args = (graph.operand(node, "input"), codes, scales, graph.operand(node, "bias"), per_row)
+        graph.replace(node, graph.call(lam.linear_int8.default, *args, before=node))
+    graph.finish()
+    again = read_onnx(write_onnx(graph))
+    canonicalize(again)
+    layers = [g.find(lam.linear_int8.default) for g in (graph, again)]
+    assert len(layers[1]) == len(layers[0])
+    assert all(node.args[4] is per_row for node in layers[1])
+    assert again.find(aten.amax.default, aten.round.default) == []
+    names = [{str(n.target) for n in g.weight_nodes() if "_codes" in str(n.target)}
+             for g in (graph, again)]  # fmt: skip
+    assert names[1] == names[0]
+    assert_same(graph, again, name)
+    # Without the operators of ONNX Runtime the integers are read as what they are made of.
+    plain = read_onnx(write_onnx(graph, contrib=False))
+    assert_same(graph, plain, name)
 
 
 def test_model_is_not_changed_by_reading(captured: Callable[[str], Graph]):

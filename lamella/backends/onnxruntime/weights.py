@@ -36,7 +36,7 @@ def place_weight(e: Emission, node: Node) -> None:
 def is_matrix_of_linears(node: Node) -> bool:
     """Whether only linear layers read a weight, as their matrix."""
     return node.meta["val"].ndim == 2 and all(
-        user.target is aten.linear.default
+        user.target in (aten.linear.default, torch.ops.lamella.linear_int8.default)
         and [name for name, value in ops.bind(user).items() if value is node] == ["weight"]
         for user in node.users
     )

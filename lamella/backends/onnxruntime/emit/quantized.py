@@ -16,7 +16,6 @@ from torch.fx import Node
 
 from lamella.backends.onnxruntime.emission import Call, Emission, Emitter
 from lamella.backends.onnxruntime.emit import dequantized
-from lamella.backends.onnxruntime.weights import stored
 from lamella.ir.operators import SMALLEST_STEP
 
 lam = torch.ops.lamella
@@ -108,13 +107,10 @@ def _rounded_rows(e: Emission, call: Call) -> Rounded:
 
 
 def _integers(e: Emission, weight: Node) -> ir.Value:
-    """The matrix as ``[in, out]``; layers that share it share the bytes."""
-    key = (weight, "integers")
-    if key not in e.views:
-        rows, width = (int(size) for size in weight.meta["val"].shape)
-        read = lambda: e.graph.weight(weight).t()  # noqa: E731
-        e.views[key] = stored(e, str(weight.target), read, (width, rows), torch.int8)
-    return e.views[key]
+    """The matrix as ``[in, out]``, which is how it is stored unless something else reads it."""
+    if (weight, "transposed") not in e.views:
+        e.views[weight, "transposed"] = e.op("Transpose", e.tensor(weight), perm=[1, 0])
+    return e.views[weight, "transposed"]
 
 
 def embedding_nbits(e: Emission, call: Call) -> ir.Value:
