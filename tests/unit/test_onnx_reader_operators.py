@@ -454,3 +454,45 @@ def test_blocked_weight_of_a_matmul_stays_packed(bits, kind, zeros):
     torch.testing.assert_close(
         graph(torch.from_numpy(x))["y"], torch.from_numpy(expected), rtol=1e-5, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_dynamically_quantized_linear_layers(signed, fused):
+    from onnx import TensorProto, helper
+
+    from tests.unit.onnx_models import model, tensor_input
+
+    generator = np.random.default_rng(0)
+    codes = generator.integers(-127, 128, (32, 24))
+    kind, middle = (TensorProto.INT8, 0) if signed else (TensorProto.UINT8, 128)
+    constants = [
+        helper.make_tensor("w", kind, (32, 24), (codes + middle).flatten()),
+        helper.make_tensor("ws", TensorProto.FLOAT, (24,), generator.random(24) / 128),
+        helper.make_tensor("wz", kind, (24,), [middle] * 24),
+        helper.make_tensor("b", TensorProto.FLOAT, (24,), generator.standard_normal(24)),
+    ]
+    if fused:
+        inputs = ["x", "w", "ws", "wz", "b"]
+        nodes = [helper.make_node("DynamicQuantizeMatMul", inputs, ["y"], domain="com.microsoft")]
+    else:
+        nodes = [
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+            helper.make_node("MatMulInteger", ["q", "w", "z", "wz"], ["total"]),
+            helper.make_node("Cast", ["total"], ["wide"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["s", "ws"], ["scale"]),
+            helper.make_node("Mul", ["wide", "scale"], ["scaled"]),
+            helper.make_node("Add", ["scaled", "b"], ["y"]),
+        ]
+    proto = model(nodes, [tensor_input("x", ["n", 32])], ["y"], constants)
+    graph = read_onnx(proto)
+    if fused:
+        assert [node.target for node in graph.nodes if node.op == "call_function"] == [
+            torch.ops.lamella.linear_int8.default
+        ]
+    x = floats(5, 32)
+    expected = run_in_onnxruntime(proto, {"x": x})[0]
+    # Integers are summed exactly; a few roundings of float32 are left.
+    torch.testing.assert_close(
+        graph(torch.from_numpy(x))["y"], torch.from_numpy(expected), rtol=1e-5, atol=1e-5
+    )

@@ -96,11 +96,13 @@ def _rounded_rows(e: Emission, call: Call) -> Rounded:
         step = e.op("Max", e.op("Div", largest, e.const(127.0)), e.const(SMALLEST_STEP))
         # Computed from sizes alone, it is the same for all layers, and ONNX Runtime sees that.
         sizes = [e.size(source, axis) for axis in range(rank)]
-        count = e.op("ReduceProd", e.op("Concat", *sizes[:-1], axis=0), keepdims=1)
+        count = e.ints(1)
+        if rank > 1:
+            count = e.op("ReduceProd", e.op("Concat", *sizes[:-1], axis=0), keepdims=1)
         zeros = e.op("Expand", zero, count)
         rows = x if rank == 2 else e.op("Reshape", x, e.op("Concat", count, sizes[-1], axis=0))
         codes = e.op("QuantizeLinear", rows, e.op("Reshape", step, e.ints(-1)), zeros, axis=0)
-        if rank > 2:
+        if rank != 2:
             codes = e.op("Reshape", codes, e.op("Concat", *sizes, axis=0))
         e.views |= {(source, "row codes"): codes, (source, "row step"): step}
     return e.views[source, "row codes"], e.views[source, "row step"], zero
