@@ -31,7 +31,7 @@ CONVOLUTIONS = frozenset(
     {"conv1d", "conv2d", "conv3d", "convolution", "_convolution"}
     | {"conv_transpose1d", "conv_transpose2d"}
 )
-_ATTENTIONS = frozenset({"scaled_dot_product_attention"})
+_ATTENTIONS = frozenset({"scaled_dot_product_attention", "cached_attention"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 _EXPERTS = frozenset({"grouped_linear", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 _LINEAR = frozenset({"linear", "linear_nbits", "linear_int8", "mm", "addmm"})
@@ -49,7 +49,7 @@ NONLINEAR = frozenset(
 """Operators that bend; a path without one of them is linear up to its norms."""
 
 _ROUTING = frozenset({"topk", "sort", "histc", "grouped_linear"}) | _EXPERTS
-_SCANS = frozenset({"selective_scan"})
+_SCANS = frozenset({"selective_scan", "cached_selective_scan"})
 _SUMS = frozenset({"cumsum"})
 _SOFTMAX = frozenset({"softmax", "_softmax"})
 

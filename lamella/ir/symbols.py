@@ -20,6 +20,7 @@ _AXES = {
     4: ("batch", "channels", "height", "width"),
     5: ("batch", "channels", "frames", "height", "width"),
 }
+_CACHE = ("batch", "heads", "past", "width")
 
 
 def size_of(size: Any) -> sympy.Expr | int:
@@ -48,7 +49,7 @@ def symbol_names(graph: Graph) -> dict[sympy.Symbol, str]:
     taken: set[str] = set()
     for node in graph.inputs:
         shape = shape_of(node)
-        axes = _AXES.get(len(shape), ())
+        axes = _CACHE if node.name.startswith("past_key_values") else _AXES.get(len(shape), ())
         for axis, size in enumerate(shape):
             if isinstance(size, sympy.Symbol) and size not in names:
                 wanted = axes[axis] if axis < len(axes) else f"axis_{axis}"

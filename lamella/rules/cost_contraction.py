@@ -7,6 +7,7 @@ query and a key, also where a mask hides them, as dense kernels do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -85,6 +86,17 @@ def attention(call: Call) -> Work:
     return call.work(SOFTMAX * pairs, 2 * pairs * (width + values))
 
 
+def cached_attention(call: Call) -> Work:
+    """The same for new queries over the keys of past and new tokens; the cache is those keys."""
+    *batch, queries, width = call.shape("query")
+    kept = [*call.shape("past_key")[:2], call.shape("past_key")[2] + queries]
+    pairs = product((*batch, queries, kept[2]))
+    values = call.shape("value")[-1]
+    work = call.work(SOFTMAX * pairs, 2 * pairs * (width + values))
+    cache = product((*kept, width + values)) * call.bytes_per_element()
+    return replace(work, cache_bytes=cache)
+
+
 def embedding(call: Call) -> Work:
     """Rows are picked: the bytes of the result are read from the table."""
     written = call.written_bytes()
@@ -109,14 +121,7 @@ def selective_scan(call: Call) -> Work:
     states = call.shape("a")[-1]
     updates = batch * channels * steps * states
     work = call.work((TRANSCENDENTAL + 6) * updates)
-    cache = batch * channels * states * call.bytes_per_element()
-    return Work(
-        flops=work.flops,
-        read_bytes=work.read_bytes,
-        written_bytes=work.written_bytes,
-        weight_bytes=work.weight_bytes,
-        cache_bytes=cache,
-    )
+    return replace(work, cache_bytes=batch * channels * states * call.bytes_per_element())
 
 
 def pooling(call: Call) -> Work:
@@ -144,7 +149,9 @@ CONTRACTING: Mapping[Target, CostRule] = {
     aten.conv_transpose2d.input: transposed_convolution,
     lam.grouped_linear.default: grouped_linear,
     aten.scaled_dot_product_attention.default: attention,
+    lam.cached_attention.default: cached_attention,
     lam.selective_scan.default: selective_scan,
+    lam.cached_selective_scan.default: selective_scan,
 }
 """Matrix products and what is made of them."""
 
