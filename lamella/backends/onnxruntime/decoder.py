@@ -133,15 +133,14 @@ class OnnxDecoder(Decoder):
     def _run(self, state: Buffers, step: Step, placement: Placement) -> Tensor:
         new = step.tokens.shape[1]
         state.make_room(max(state.filled) + new, self._binding.limit)
-        alone = new == 1
-        logits = self._one_token(state, step) if alone else self._several(state, step, placement)
+        run = self._one_token if new == 1 else self._several
+        logits = run(state, step, placement)
         state.add(placement.seen, placement.counts, new)
         return logits
 
-    def _one_token(self, state: Buffers, step: Step) -> Tensor:
+    def _one_token(self, state: Buffers, step: Step, placement: Placement) -> Tensor:
         """The call for one new token of each sequence, which stays bound from token to token."""
-        everything = slice(0, state.batch)
-        part = self._part(state, step, everything, torch.zeros(state.batch, 1, dtype=torch.int64))
+        part = self._part(state, step, slice(0, state.batch), placement.rows)
         call = state.ready.get(state.side)
         if call is None:
             call = state.ready[state.side] = self._bound(state, part)
@@ -225,6 +224,8 @@ class OnnxDecoder(Decoder):
         """The numbers of another token into a call that is bound."""
         for name, value in self._numbers(part).items():
             bound = call.tensor(name)
+            if name == ROWS:
+                continue
             if bound.shape == value.shape:
                 bound.copy_(value)
             else:

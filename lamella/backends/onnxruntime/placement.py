@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,13 +115,13 @@ def offsets(state: Buffers, placement: Placement, positions: Tensor) -> list[int
     Attention whose angles come from the rows is the same as with these positions: it depends on
     differences of positions alone.
     """
-    rows = placement.rows + torch.tensor(state.filled)[:, None]
-    apart = positions - rows
-    found: list[int] = []
-    for index, row in enumerate(apart):
-        seen = row if placement.seen is None else row[placement.seen[index]]
-        numbers = set(seen.tolist())
-        if state.offsets is not None and state.filled[index]:
+    seen = None if placement.seen is None else placement.seen.tolist()
+    rows, given, found = placement.rows.tolist(), positions.tolist(), list[int]()
+    for index, filled in enumerate(state.filled):
+        pairs = zip(given[index], rows[index], strict=True)
+        apart = [position - row - filled for position, row in pairs]
+        numbers = set(apart if seen is None else itertools.compress(apart, seen[index]))
+        if state.offsets is not None and filled:
             numbers.add(state.offsets[index])
         if len(numbers) > 1:
             return None
