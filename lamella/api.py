@@ -206,6 +206,8 @@ class Compilation:
         self.stage(f"lowering to {lowering.name}")
         executable = generation.lower_any(source.graph, lowering, report)
         executable.recipe = recipe_of(self.passes)
+        if isinstance(executable, generation.GenerativeExecutable):
+            executable.tokenizer = source.tokenizer
         self.stage("")
         return executable
 

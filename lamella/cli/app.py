@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lamella
-from lamella.cli import bench, bisect, compile, inspect, passes
+from lamella.cli import bench, bisect, compile, generate, inspect, passes
 from lamella.cli.console import out, settings, show_warnings
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compile")(compile.compile_model)
+app.command("generate")(generate.generate_text)
 app.command("inspect")(inspect.inspect_model)
 app.command("passes")(passes.list_passes)
 app.command("bench")(bench.bench_artifacts)

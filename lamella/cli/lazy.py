@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import transformers
+
     from lamella import api, plugins, recipe, sample_files
     from lamella.backends import artifact, inputs
     from lamella.ir import ops
@@ -33,6 +35,7 @@ else:
     plugins = _Lazy("lamella.plugins")
     recipe = _Lazy("lamella.recipe")
     sample_files = _Lazy("lamella.sample_files")
+    transformers = _Lazy("transformers")
 
 __all__ = [
     "api",
@@ -46,4 +49,5 @@ __all__ = [
     "plugins",
     "recipe",
     "sample_files",
+    "transformers",
 ]

@@ -13,12 +13,14 @@ from lamella.generation.families import class_for
 from lamella.generation.model import (
     ONCE,
     STEP,
+    TOKENIZER,
     GenerativeExecutable,
     Language,
     Parts,
 )
 from lamella.ir.cache import CacheLayout, Source
 from lamella.ir.graph import Graph
+from lamella.ir.huggingface import load_tokenizer
 from lamella.ir.signature import Signature
 from lamella.report import Report
 from lamella.rewrite.incremental import incremental
@@ -91,13 +93,16 @@ def load(artifact: Artifact, backend: Backend) -> GenerativeExecutable:
         ) from error
     parts = {name: backend.load(part) for name, part in found.items()}
     report = None if described.report is None else Report.from_json(described.report)
-    return class_for(language.architecture)(
+    made = class_for(language.architecture)(
         Parts(parts[STEP], parts.get(ONCE), layout, outputs),
         language,
         Signature.from_json(described.signature),
         specs_from_json(described.inputs),
         report,
     )
+    if (artifact.folder / TOKENIZER).is_dir():
+        made.tokenizer = load_tokenizer(artifact.folder / TOKENIZER)
+    return made
 
 
 def _part(artifact: Artifact, name: str, part: Any) -> Artifact:

@@ -23,7 +23,8 @@ from lamella.ir.cache import CacheLayout, Source
 from lamella.ir.signature import Signature
 from lamella.report import Report
 
-STEP, ONCE = "step", "once"
+STEP, ONCE, TOKENIZER = "step", "once", "tokenizer"
+"""The folders of a saved model."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class GenerativeExecutable(GenerationMixin, Executable):
         config: Config of the model.
         generation_config: How `generate` works when it is not told otherwise.
         layout: What the model keeps between calls.
+        tokenizer: The tokenizer of the model, saved and loaded with it; None without one.
     """
 
     main_input_name = "input_ids"
@@ -134,6 +136,7 @@ class GenerativeExecutable(GenerationMixin, Executable):
         self.config = config_of(language.config)
         self.generation_config = GenerationConfig.from_dict(dict(language.generation))
         self._decoder: Decoder = parts.step.decoder(parts.layout)
+        self.tokenizer: Any = None
         self.device, self.dtype = torch.device("cpu"), torch.float32
         if parts.once is not None:
             self.main_input_name = parts.once.signature.inputs[0]
@@ -301,7 +304,9 @@ class GenerativeExecutable(GenerationMixin, Executable):
         return sum(part.file_bytes for part in self._executables().values())
 
     def write_files(self, folder: Path) -> Mapping[str, Any]:
-        """Write each part into a folder of its own."""
+        """Write each part, and the tokenizer, into a folder of its own."""
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / TOKENIZER)
         details: dict[str, Any] = {}
         for name, part in self._executables().items():
             (folder / name).mkdir()

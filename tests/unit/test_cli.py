@@ -48,7 +48,7 @@ def test_help_is_there_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("compile", "inspect", "passes", "bench", "bisect"):
+    for command in ("compile", "generate", "inspect", "passes", "bench", "bisect"):
         assert command in done.stdout
 
 
