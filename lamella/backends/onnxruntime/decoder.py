@@ -61,6 +61,11 @@ class OnnxDecoder(Decoder):
         self._reads = frozenset(session.inputs)
         self._vocabulary = session.last_size(layout.logits)
 
+    @property
+    def tables(self) -> int | None:
+        """Positions that the tables of angles hold; None when the graph computes angles."""
+        return self._binding.limit
+
     def _new_state(self, batch: int, capacity: int, once: Mapping[str, Tensor]) -> State:
         once = {name: value.contiguous() for name, value in once.items()}
         state = Buffers(self.layout, batch, once)
