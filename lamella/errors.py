@@ -120,3 +120,10 @@ def closest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the known name closest to `name`, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def known_names(name: str, known: Iterable[str]) -> str:
+    """`closest`, and all known names: the end of a message about a name that is unknown."""
+    names = list(known)
+    hint = closest(name, names)
+    return f"{hint} known are {', '.join(names)}" if hint else f"; known are {', '.join(names)}"

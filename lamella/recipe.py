@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
-from lamella.errors import RecipeError, closest
+from lamella.errors import RecipeError, closest, known_names
 from lamella.passes.base import Analysis, Transform
 from lamella.passes.coercion import coerce
 from lamella.passes.options import changed_options, option_fields
@@ -217,7 +217,7 @@ def _class_of(name: str, base: type[Any], known: Mapping[str, PassClass]) -> Pas
     kind = _kind_text(base)
     names = sorted(one for one, cls in known.items() if issubclass(cls, base))
     raise RecipeError(
-        f"there is no {kind} {name!r}{closest(plain, names)}; known are {', '.join(names)}"
+        f"there is no {kind} {name!r}{known_names(plain, names)}"
     )
 
 

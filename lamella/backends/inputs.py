@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from lamella.errors import ArtifactError, SamplesError
 from lamella.ir.graph import Graph
+from lamella.ir.symbols import named, shape_of, symbol_names
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class InputSpec:
 
 def specs_of(graph: Graph) -> tuple[InputSpec, ...]:
     """The inputs of `graph`, in the order of its signature."""
+    names = symbol_names(graph)
     pairs = zip(graph.signature.inputs, graph.inputs, strict=True)
-    return tuple(_spec(name, node.meta["val"]) for name, node in pairs)
+    return tuple(_spec(name, node, names) for name, node in pairs)
 
 
 def specs_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[InputSpec, ...]:
@@ -100,13 +104,12 @@ def example_inputs(
     return values
 
 
-def _spec(name: str, value: Any) -> InputSpec:
+def _spec(name: str, node: Node, names: Mapping[sympy.Symbol, str]) -> InputSpec:
+    value = node.meta["val"]
     if not isinstance(value, Tensor):
         return InputSpec(name, "", ())
-    sizes: tuple[Any, ...] = tuple(value.shape)
-    # A symbol that turned out to be a number prints as one.
-    shape = tuple(int(size) if str(size).isdigit() else str(size) for size in sizes)
-    return InputSpec(name, str(value.dtype).removeprefix("torch."), shape)
+    sizes = [size if isinstance(size, int) else named(size, names) for size in shape_of(node)]
+    return InputSpec(name, str(value.dtype).removeprefix("torch."), tuple(sizes))
 
 
 def _check_type(spec: InputSpec, value: Any) -> None:

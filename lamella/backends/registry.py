@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Mapping
 
 from lamella.backends.base import Backend
-from lamella.errors import BackendError, closest
+from lamella.errors import BackendError, known_names
 
 HOMES: Mapping[str, tuple[str, str]] = {
     "onnxruntime": ("lamella.backends.onnxruntime.backend", "OnnxRuntimeBackend"),
@@ -35,7 +35,7 @@ def make_backend(name: str, plugins: Mapping[str, Callable[[], Backend]] | None 
     if name not in HOMES:
         known = (*HOMES, *others)
         raise BackendError(
-            f"unknown backend {name!r}{closest(name, known)}; known are {', '.join(known)}"
+            f"unknown backend {name!r}{known_names(name, known)}"
         )
     module, attribute = HOMES[name]
     return getattr(importlib.import_module(module), attribute)()

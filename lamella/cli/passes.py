@@ -41,7 +41,8 @@ def _table(title: str, entries: list[PassEntry]) -> Table:
             for o in options.described(entry.cls)
         ]
         foreign = "" if entry.distribution.split()[0] == "lamella" else f" ({entry.distribution})"
-        table.add_row(entry.cls.name, options.summary_of(entry.cls) + foreign, "\n".join(lines))
+        summary = options.summary_of(entry.cls).replace("``", "")
+        table.add_row(entry.cls.name, summary + foreign, "\n".join(lines))
     return table
 
 

@@ -61,15 +61,8 @@ class DropBlocks(Transform):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.count is None) == (len(self.blocks) == 0):
-            raise ValueError("say either how many blocks go (count=2) or which (blocks=3-7)")
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
-        if self.keep_first < 0 or self.keep_last < 0:
-            raise ValueError(
-                f"keep_first and keep_last must not be negative, got {self.keep_first} and "
-                f"{self.keep_last}"
-            )
+        ends = (self.keep_first, self.keep_last)
+        selecting.check_options("blocks", self.count, self.blocks, ends)
         if self.spacing == "even" and self.iterative:
             raise ValueError("even spacing has no score to compute again; leave out iterative")
         parse_indices(self.blocks)
@@ -90,13 +83,8 @@ class DropBlocks(Transform):
             _drop(graph, analyses, self._lowest(graph, analyses, self.count))
 
     def _lowest(self, graph: Graph, analyses: Analyses, count: int) -> list[Block]:
-        candidates = self._candidates(graph)
-        selecting.check_count(candidates, count, "blocks")
-        report = analyses.get(score(self.by, "block", seed=self.seed))
-        chosen = selecting.lowest(candidates, report.order(), count, "blocks")
-        listed = ", ".join(f"{block.name} ({report.values[block.name]:.4g})" for block in chosen)
-        analyses.note(f"by {self.by} [{report.unit}]: {listed}")
-        return chosen
+        by = score(self.by, "block", seed=self.seed)
+        return selecting.by_score(self._candidates(graph), count, analyses, by, "blocks")
 
     def _candidates(self, graph: Graph) -> list[Block]:
         blocks = selecting.interior(graph, self.keep_first, self.keep_last)

@@ -58,15 +58,8 @@ class DropSublayers(Transform):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.count is None) == (len(self.sublayers) == 0):
-            raise ValueError("say either how many sublayers go (count=2) or which (sublayers=3-7)")
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
-        if self.keep_first < 0 or self.keep_last < 0:
-            raise ValueError(
-                f"keep_first and keep_last must not be negative, got {self.keep_first} and "
-                f"{self.keep_last}"
-            )
+        ends = (self.keep_first, self.keep_last)
+        selecting.check_options("sublayers", self.count, self.sublayers, ends)
         strange = [kind for kind in self.kinds if kind not in KINDS]
         if strange:
             raise ValueError(
@@ -91,13 +84,8 @@ class DropSublayers(Transform):
             _drop(graph, analyses, self._lowest(graph, analyses, self.count))
 
     def _lowest(self, graph: Graph, analyses: Analyses, count: int) -> list[Sublayer]:
-        candidates = self._candidates(graph)
-        selecting.check_count(candidates, count, "sublayers")
-        report = analyses.get(score(self.by, "sublayer", seed=self.seed))
-        chosen = selecting.lowest(candidates, report.order(), count, "sublayers")
-        listed = ", ".join(f"{part.name} ({report.values[part.name]:.4g})" for part in chosen)
-        analyses.note(f"by {self.by} [{report.unit}]: {listed}")
-        return chosen
+        by = score(self.by, "sublayer", seed=self.seed)
+        return selecting.by_score(self._candidates(graph), count, analyses, by, "sublayers")
 
     def _candidates(self, graph: Graph) -> list[Sublayer]:
         protected = _protected(graph, self.keep_first, self.keep_last)

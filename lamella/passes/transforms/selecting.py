@@ -8,8 +8,50 @@ from typing import TypeVar
 from lamella.errors import PassError
 from lamella.ir.graph import Graph
 from lamella.ir.stream import Block, Sublayer
+from lamella.passes.base import Analyses
+from lamella.passes.scores.base import Score
 
 Part = TypeVar("Part", Block, Sublayer)
+
+
+def check_options(
+    what: str, count: int | None, listed: Sequence[object], ends: Sequence[int]
+) -> None:
+    """Refuse options that don't say which parts go, or how many.
+
+    Args:
+        what: ``"blocks"`` or ``"sublayers"``, also the name of the option that lists them.
+        count: How many go.
+        listed: Which ones go.
+        ends: `keep_first` and `keep_last`.
+
+    Raises:
+        ValueError: Both or neither are given, or a number is out of range.
+    """
+    if (count is None) == (len(listed) == 0):
+        raise ValueError(f"say either how many {what} go (count=2) or which ({what}=3-7)")
+    if count is not None and count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    if min(ends) < 0:
+        raise ValueError(
+            f"keep_first and keep_last must not be negative, got {' and '.join(map(str, ends))}"
+        )
+
+
+def by_score(
+    parts: Sequence[Part], count: int, analyses: Analyses, score: Score, what: str
+) -> list[Part]:
+    """The `count` least important parts by `score`, noted in the report.
+
+    Raises:
+        PassError: There are fewer that may go.
+    """
+    check_count(parts, count, what)
+    report = analyses.get(score)
+    chosen = lowest(parts, report.order(), count, what)
+    listed = ", ".join(f"{part.name} ({report.values[part.name]:.4g})" for part in chosen)
+    analyses.note(f"by {report.by} [{report.unit}]: {listed}")
+    return chosen
 
 
 def by_index(parts: Sequence[Part], wanted: Sequence[int], what: str) -> list[Part]:
