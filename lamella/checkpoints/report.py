@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+_LISTED = 6
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,9 @@ class CheckpointReport:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.types.items())
         lines = [f"{self.format} in {self.folder}: {self.file_bytes:,} bytes ({kinds})"]
         return "\n".join([*lines, *(f"- {remark}" for remark in self.remarks)])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names, and how many more there are."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

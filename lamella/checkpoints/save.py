@@ -10,6 +10,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lamella.backends.artifact import MANIFEST, Description, save_artifact
+from lamella.checkpoints.compressed_tensors import compressed_tensors
+from lamella.checkpoints.gguf_file import gguf_file
 from lamella.checkpoints.huggingface import huggingface
 from lamella.checkpoints.prepared import Prepared
 from lamella.checkpoints.report import CheckpointReport
@@ -19,7 +21,11 @@ from lamella.ir.graph import Graph
 Format = Literal["huggingface", "compressed-tensors", "gguf"]
 
 FORMATS: Mapping[str, Callable[[Graph, Any, int], Prepared]] = MappingProxyType(
-    {"huggingface": huggingface}
+    {
+        "huggingface": huggingface,
+        "compressed-tensors": compressed_tensors,
+        "gguf": gguf_file,
+    }
 )
 """The formats by name."""
 
@@ -46,7 +52,7 @@ def save_checkpoint(
         folder: New, empty, or an older folder of Lamella, which is replaced.
         format: ``"huggingface"``: config and safetensors, weights of few bits as floating
             point. ``"compressed-tensors"``: the same with the codes of weights of few bits.
-            ``"gguf"``: one file for llama.cpp (llama, mistral, qwen2, qwen3, gemma2, gemma3).
+            ``"gguf"``: one file for llama.cpp (llama, mistral, qwen2, qwen3).
         tokenizer: Is written instead of the tokenizer of the folder that was captured.
         max_shard_size: Largest file of weights, as bytes or ``"2GB"``; not for ``"gguf"``.
 

@@ -16,6 +16,7 @@ from lamella.checkpoints.folded import unfolded
 from lamella.checkpoints.matching import Bound, Comparison, compare, evaluate, weights_of
 from lamella.checkpoints.packed import Packed
 from lamella.checkpoints.reference import Reference
+from lamella.checkpoints.report import listed
 from lamella.errors import CheckpointError
 from lamella.ir.checkpoint_names import source_of
 from lamella.ir.graph import Graph
@@ -190,7 +191,7 @@ class _Collector:
 
     def _remarks(self) -> Iterator[str]:
         if self.unread:
-            yield f"zeros for weights that nothing reads: {', '.join(self.unread)}"
+            yield f"zeros for weights that nothing reads: {listed(self.unread)}"
 
 
 def _check(graph: Graph, reference: Reference, comparison: Comparison) -> None:
