@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lamella.api import analyze, capture, compile, load, lower, transform
     from lamella.backends.base import Backend, Executable
+    from lamella.checkpoints.save import save_checkpoint
     from lamella.data import Samples
     from lamella.errors import LamellaError
     from lamella.ir.graph import Graph
@@ -42,6 +43,7 @@ __all__ = [
     "compile",
     "load",
     "lower",
+    "save_checkpoint",
     "transform",
 ]
 
@@ -60,6 +62,7 @@ _HOMES = {
     "compile": "lamella.api",
     "load": "lamella.api",
     "lower": "lamella.api",
+    "save_checkpoint": "lamella.checkpoints.save",
     "transform": "lamella.api",
 }
 

@@ -9,15 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lamella import generation, plugins
-from lamella.backends.artifact import Artifact, load_artifact
+from lamella.backends.artifact import (
+    MANIFEST,
+    Artifact,
+    load_artifact,
+    open_artifact,
+)
 from lamella.backends.base import Backend, Executable
 from lamella.backends.registry import HOMES, make_backend
 from lamella.data import Batch, Samples
 from lamella.ir.finite import check_weights
 from lamella.ir.graph import Graph
+from lamella.ir.model_folder import CONFIG
 from lamella.ir.sources import Inputs, Model, Source, read_model
 from lamella.latency import Snapshots
 from lamella.passes.base import Analyses, Analysis, Transform
@@ -174,6 +181,7 @@ class Compilation:
         instruments: What watches the passes, for example a progress bar.
         latency: Measures the time of a call after every pass; None measures nothing.
         stage: Is told what begins: ``"reading the model"``, ``""`` before the passes, ….
+        edited: Is given the model after the passes, before it is lowered.
     """
 
     passes: tuple[Transform, ...]
@@ -183,6 +191,7 @@ class Compilation:
     instruments: tuple[Instrument, ...] = ()
     latency: Snapshots | None = None
     stage: Callable[[str], object] = str
+    edited: Callable[[Source], object] = id
 
     def run(
         self,
@@ -214,7 +223,7 @@ class Compilation:
     def edit(self, source: Source, samples: SampleSource | None = None) -> Report:
         """Run the passes on the graph of `source`."""
         check_weights(source.graph)
-        return run_passes(
+        report = run_passes(
             source.graph,
             self.passes,
             samples=samples_for(source, samples),
@@ -222,6 +231,8 @@ class Compilation:
             strict=self.strict,
             instruments=(*self.instruments, *([self.latency] if self.latency else ())),
         )
+        self.edited(source)
+        return report
 
 
 def find_backend(backend: str | Backend) -> Backend:
@@ -248,10 +259,18 @@ def _loaded(artifact: Artifact, backend: Backend) -> Executable:
 
 def read(model: Model, inputs: Inputs | None = None, *, dynamic: bool = True) -> Source:
     """The canonical graph of a model, with its tokenizer; see `capture`."""
+    if isinstance(model, str | os.PathLike):
+        _check_checkpoint(Path(model))
     source = read_model(model, inputs, dynamic=dynamic)
     if not isinstance(model, Graph):
         canonicalize(source.graph)
     return source
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Check the digests of a folder that `save_checkpoint` wrote."""
+    if (folder / MANIFEST).is_file() and (folder / CONFIG).is_file():
+        open_artifact(folder)
 
 
 def samples_for(source: Source, samples: SampleSource | None) -> Samples | None:

@@ -88,7 +88,7 @@ def remarks(config: Any) -> Iterator[str]:
     if window and (sliding or config.model_type == "mistral"):
         yield f"readers attend to all tokens: the same up to the sliding window of {window} tokens"
     if _rope(config)["rope_type"] == "llama3":
-        yield "the scaled rotary frequencies are a tensor that llama.cpp reads and transformers doesn't"
+        yield "scaled rotary frequencies are a tensor, which transformers doesn't read"
 
 
 def frequency_factors(config: Any, model: PreTrainedModel) -> Tensor | None:

@@ -54,9 +54,11 @@ def write_file(
     for one in tensors:
         kind = gguf.GGMLQuantizationType(int(one.kind))
         writer.add_tensor_info(one.name, one.shape, np.dtype("uint8"), one.nbytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for one in tensors:
-        writer.write_tensor_data(one.make().numpy())
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for one in tensors:
+            writer.write_tensor_data(one.make().numpy())
+    finally:
+        writer.close()

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from lamella.backends.artifact import MANIFEST, Description, save_artifact
+from lamella.backends.artifact import MANIFEST, Description, check_target, save_artifact
 from lamella.checkpoints.compressed_tensors import compressed_tensors
 from lamella.checkpoints.gguf_file import gguf_file
 from lamella.checkpoints.huggingface import huggingface
 from lamella.checkpoints.prepared import Prepared
 from lamella.checkpoints.report import CheckpointReport
-from lamella.errors import CheckpointError, closest
+from lamella.errors import CheckpointError, known_names
 from lamella.ir.graph import Graph
 
 Format = Literal["huggingface", "compressed-tensors", "gguf"]
@@ -63,7 +63,9 @@ def save_checkpoint(
         OSError: The disk is full, or the place can't be written.
     """
     largest = _bytes_of(max_shard_size)
-    prepared = _writer(format)(graph, tokenizer, largest)
+    check_format(format)
+    check_target(Path(folder))
+    prepared = FORMATS[format](graph, tokenizer, largest)
     target = Path(folder)
     description = Description(f"checkpoint-{format}", {}, report={"remarks": prepared.remarks})
 
@@ -76,13 +78,16 @@ def save_checkpoint(
     return CheckpointReport(str(target), format, files, prepared.types, prepared.remarks)
 
 
-def _writer(format: str) -> Callable[[Graph, Any, int], Prepared]:
+def check_format(format: str) -> None:
+    """Refuse a format that there isn't, before anything is computed.
+
+    Raises:
+        CheckpointError: There is none of that name; the known ones are listed.
+    """
     if format not in FORMATS:
         raise CheckpointError(
-            f"there is no checkpoint format {format!r}{closest(format, FORMATS)} (known: "
-            f"{', '.join(FORMATS)})"
+            f"there is no checkpoint format {format!r}{known_names(format, FORMATS)}"
         )
-    return FORMATS[format]
 
 
 def _bytes_of(size: int | str) -> int:

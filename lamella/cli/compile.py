@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from lamella.cli.console import Stages, errors_in_one_line, out, show_json
-from lamella.cli.lazy import api, artifact, instruments, recipe, sample_files
+from lamella.cli.lazy import api, artifact, instruments, recipe, sample_files, save
+from lamella.errors import ArtifactError
 
 
 @errors_in_one_line()
@@ -17,8 +18,14 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
         str, typer.Argument(help="Model folder, hub id, .onnx or .pt2 file.", show_default=False)
     ],
     folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)
-    ],
+        Path | None, typer.Option("--out", "-o", help="Folder for the executable.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for a checkpoint that other runtimes load.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="Of the checkpoint: huggingface, compressed-tensors or gguf.")
+    ] = "huggingface",
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", "-r", help="YAML file with the passes.")
     ] = None,
@@ -44,10 +51,18 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile a model: edit it by passes and save something smaller and faster."""
-    artifact.check_target(folder)
+    _check_targets(folder, checkpoint, format)
     pipeline = pipeline_of(recipe_file, passes or [])
     timed = None if latency is None else api.Snapshots.of(latency)
     texts = None if samples is None else sample_files.read_samples(samples)
+    written: list[Any] = []
+
+    def write(source: Any) -> None:
+        if checkpoint is not None:
+            stage("writing the checkpoint")
+            written.append(save.save_checkpoint(source.graph, checkpoint, format=format))
+            stage("")
+
     with Stages() as stage:
         job = api.Compilation(
             pipeline,
@@ -57,11 +72,34 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
             instruments=(instruments.Progress(),),
             latency=timed,
             stage=stage,
+            edited=write,
         )
-        executable = job.run(model, samples=texts)
-        stage("saving")
-        executable.save(folder)
-    _show(executable, folder, as_json)
+        if folder is None:
+            stage("reading the model")
+            source = api.read(model)
+            stage("")
+            report = job.edit(source, texts)
+        else:
+            executable = job.run(model, samples=texts)
+            stage("saving")
+            executable.save(folder)
+            report = executable.report
+    _show(report, folder, written, as_json)
+
+
+def _check_targets(folder: Path | None, checkpoint: Path | None, format: str) -> None:
+    """Refuse places and formats that can't be written, before anything is computed.
+
+    Raises:
+        ArtifactError: A folder holds something else, or neither is given.
+        CheckpointError: There is no such format.
+    """
+    if folder is None and checkpoint is None:
+        raise ArtifactError("say where to write: --out for an executable, or --checkpoint")
+    save.check_format(format)
+    for place in (folder, checkpoint):
+        if place is not None:
+            artifact.check_target(place)
 
 
 def pipeline_of(recipe_file: Path | None, passes: list[str]) -> tuple[Any, ...]:
@@ -76,11 +114,15 @@ def pipeline_of(recipe_file: Path | None, passes: list[str]) -> tuple[Any, ...]:
     return pipeline + recipe.parse_passes(passes)
 
 
-def _show(executable: Any, folder: Path, as_json: bool) -> None:
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    report = executable.report.extended(files=sizes)
+def _show(report: Any, folder: Path | None, written: list[Any], as_json: bool) -> None:
+    if folder is not None:
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        report = report.extended(files=sizes)
     if as_json:
-        show_json(report.to_json())
+        show_json({**report.to_json(), "checkpoints": [one.to_json() for one in written]})
         return
     out.print(report.table())
-    out.print(f"saved to {folder}", markup=False)
+    for one in written:
+        out.print(str(one), markup=False)
+    if folder is not None:
+        out.print(f"saved to {folder}", markup=False)

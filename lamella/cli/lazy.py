@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from lamella import api, plugins, recipe, sample_files
     from lamella.backends import artifact, inputs
+    from lamella.checkpoints import save
     from lamella.ir import ops
     from lamella.passes import bisect, instruments, options
     from lamella.passes.analyses import cost
@@ -35,6 +36,7 @@ else:
     plugins = _Lazy("lamella.plugins")
     recipe = _Lazy("lamella.recipe")
     sample_files = _Lazy("lamella.sample_files")
+    save = _Lazy("lamella.checkpoints.save")
     transformers = _Lazy("transformers")
 
 __all__ = [
@@ -49,5 +51,6 @@ __all__ = [
     "plugins",
     "recipe",
     "sample_files",
+    "save",
     "transformers",
 ]

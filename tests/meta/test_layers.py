@@ -32,7 +32,8 @@ ALLOWED = {
     "api": _IR
     | {"rewrite", "rules", "passes", "backends", "checkpoints", "generation", "plugins"}
     | {"recipe", "latency"},
-    "cli": _IR | {"rules", "passes", "backends", "plugins", "recipe", "api", "__init__"},
+    "cli": _IR
+    | {"rules", "passes", "backends", "checkpoints", "plugins", "recipe", "api", "__init__"},
 }
 
 # Packages that are optional, or that take seconds to import where few users need them.
