@@ -13,6 +13,7 @@ from torch import Tensor
 from lamella.backends.decoder import Decoder, GrowingDecoder
 from lamella.backends.onnxruntime.backend import OnnxRuntimeBackend
 from lamella.backends.onnxruntime.decoder import OnnxDecoder
+from lamella.backends.onnxruntime.emission import Caches
 from lamella.backends.onnxruntime.files import MODEL, Scratch, save_model
 from lamella.backends.onnxruntime.session import Session
 from lamella.backends.onnxruntime.writer import write_onnx
@@ -287,3 +288,30 @@ def test_the_reference_is_attention_by_hand():
     shares = torch.tensor(scores).exp() / torch.tensor(scores).exp().sum()
     got, *_ = cached_attention(query, key, value, past_key, past_value, None, None, 0.5)
     torch.testing.assert_close(got[0, 0, 0], shares @ values, **CLOSE)
+
+
+def test_the_mask_says_how_many_rows_are_filled():
+    """The form for runners that know no inputs but those of a model; two tokens after a prompt."""
+    graph = graph_for("grouped")
+    scratch = Scratch()
+    save_model(write_onnx(graph, caches=Caches.SHARED), scratch.path)
+    session = Session(scratch.path / MODEL, threads=1)
+    assert set(session.inputs) == {"x", "y", "z", "u"}
+    _, theirs = decoders("grouped")
+    assert graph.cache is not None
+    tokens, state, done = tokens_of(1, 6), theirs.start(1), 0
+    # What was never written must not be read.
+    buffers = {slot.input: torch.full((1, 2, 9, 16), torch.nan) for slot in graph.cache.slots}
+    for new in (4, 1, 1):
+        given, call = tokens[:, done : done + new], session.bind()
+        call.input("x", given.contiguous())
+        call.input("y", torch.ones(1, done + new, dtype=torch.int64))
+        for slot in graph.cache.slots:
+            call.input(slot.input, buffers[slot.input])
+            call.output(slot.output, buffers[slot.input])
+        call.output(graph.cache.logits, torch.empty(1, new, 64))
+        call.run()
+        torch.testing.assert_close(
+            call.tensor(graph.cache.logits), theirs.step(state, given), **CLOSE
+        )
+        done += new
