@@ -88,7 +88,7 @@ def _config(graph: Graph, layout: CacheLayout, inputs: list[str]) -> dict[str, A
     keys = [slot for slot in layout.slots if slot.kind == "key"]
     heads, _, width = keys[0].shape
     length = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
-    end = generation.get("eos_token_id")
+    end = _end_tokens(graph)
     named = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -111,14 +111,13 @@ def _config(graph: Graph, layout: CacheLayout, inputs: list[str]) -> dict[str, A
     }
     kind = str(config.get("model_type"))
     pad = generation.get("pad_token_id")
-    first_end = end[0] if isinstance(end, list) else end
     return {
         "model": {
             "bos_token_id": generation.get("bos_token_id") or 0,
             "context_length": length,
             "decoder": decoder,
-            "eos_token_id": 0 if end is None else end,
-            "pad_token_id": pad if pad is not None else first_end or 0,
+            "eos_token_id": end or 0,
+            "pad_token_id": pad if pad is not None else (end or [0])[0],
             "type": kind if kind in _TYPES else "llama",
             "vocab_size": config["vocab_size"],
         },
@@ -137,8 +136,22 @@ def _config(graph: Graph, layout: CacheLayout, inputs: list[str]) -> dict[str, A
     }
 
 
+def _end_tokens(graph: Graph) -> list[int]:
+    """The tokens that end a text."""
+    for source in (graph.origin.generation or {}, graph.origin.config or {}):
+        found: Any = source.get("eos_token_id")
+        if found is not None:
+            return list(found) if isinstance(found, list) else [found]
+    return []
+
+
 def _remarks(graph: Graph) -> tuple[str, ...]:
     kind = str((graph.origin.config or {}).get("model_type"))
-    if kind in _TYPES:
-        return ()
-    return (f"onnxruntime-genai has no name for {kind}; the folder says llama, run the same way",)
+    told: list[str] = []
+    if kind not in _TYPES:
+        told.append(f"onnxruntime-genai has no name for {kind}; the folder says llama, run alike")
+    if not _end_tokens(graph):
+        told.append(
+            "the model has no end token and onnxruntime-genai needs one: token 0 ends texts"
+        )
+    return tuple(told)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lamella.backends.artifact import MANIFEST, Description, check_target, save_artifact
 from lamella.checkpoints.compressed_tensors import compressed_tensors
+from lamella.checkpoints.genai import genai
 from lamella.checkpoints.gguf_file import gguf_file
 from lamella.checkpoints.huggingface import huggingface
 from lamella.checkpoints.prepared import Prepared
@@ -18,13 +19,14 @@ from lamella.checkpoints.report import CheckpointReport
 from lamella.errors import CheckpointError, known_names
 from lamella.ir.graph import Graph
 
-Format = Literal["huggingface", "compressed-tensors", "gguf"]
+Format = Literal["huggingface", "compressed-tensors", "gguf", "onnxruntime-genai"]
 
 FORMATS: Mapping[str, Callable[[Graph, Any, int], Prepared]] = MappingProxyType(
     {
         "huggingface": huggingface,
         "compressed-tensors": compressed_tensors,
         "gguf": gguf_file,
+        "onnxruntime-genai": genai,
     }
 )
 """The formats by name."""
@@ -53,8 +55,10 @@ def save_checkpoint(
         format: ``"huggingface"``: config and safetensors, weights of few bits as floating
             point. ``"compressed-tensors"``: the same with the codes of weights of few bits.
             ``"gguf"``: one file for llama.cpp (llama, mistral, qwen2, qwen3).
+            ``"onnxruntime-genai"``: an ONNX decoder over shared caches with its
+            ``genai_config.json``.
         tokenizer: Is written instead of the tokenizer of the folder that was captured.
-        max_shard_size: Largest file of weights, as bytes or ``"2GB"``; not for ``"gguf"``.
+        max_shard_size: Largest file of weights, as bytes or ``"2GB"``; for safetensors.
 
     Raises:
         CheckpointError: The format can't say what the graph computes; all reasons are listed,

@@ -12,10 +12,12 @@ from torch import Tensor
 from lamella.errors import IncrementalError
 from lamella.ir import ops
 from lamella.ir.cache import CacheLayout
+from lamella.ir.capture import capture_module
 from lamella.ir.graph import Graph
 from lamella.ir.verify import verify
 from lamella.passes.base import Analyses
 from lamella.passes.transforms.drop_blocks import DropBlocks
+from lamella.rewrite.canonicalize import canonicalize
 from lamella.rewrite.incremental import Incremental, incremental
 
 DECODERS = (
@@ -125,6 +127,15 @@ def test_positions_of_new_tokens_alone_are_computed(captured):
     step = incremental(captured("gpt2")).step
     tables = [n for n in step.find(torch.ops.aten.embedding.default) if "wpe" in str(n.args[0])]
     assert [str(node.args[1].target) for node in tables] == ["position_ids"]
+
+
+def test_a_mask_that_tokens_are_multiplied_by_is_cut_to_the_new_ones(model, sample_inputs):
+    given = sample_inputs("mamba", 2, sum(CHUNKS), 1)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][1, :3] = 0
+    graph = capture_module(model("mamba"), given)
+    canonicalize(graph)
+    assert_same(graph, incremental(graph), given)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "resnet"])

@@ -92,7 +92,8 @@ class Rows:
         return self.graph.call(node.target, *args, after=node, **kwargs)
 
     def _sliced(self, node: Node, axis: int) -> Node:
-        return self.graph.call(aten.slice.Tensor, node, axis, self.past, _END, after=node)
+        after = self.past if node.op == "placeholder" else node
+        return self.graph.call(aten.slice.Tensor, node, axis, self.past, _END, after=after)
 
 
 def _arange(rows: Rows, node: Node, axis: int, counted: bool) -> Node | None:

@@ -1,0 +1,70 @@
+"""Folders of onnxruntime-genai, run by onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai
+import pytest
+import torch
+
+import lamella
+from lamella.errors import CheckpointError
+from tests.conftest import family_of
+
+DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "opt", "mixtral")
+PROMPT = torch.tensor([[5, 17, 40, 8, 23, 61]])
+NEW = 24
+
+
+def model_of(name: str) -> Any:
+    model: Any = family_of(name).build()
+    model.config.use_cache = True
+    model.generation_config.update(eos_token_id=2, pad_token_id=0, use_cache=True)
+    return model
+
+
+def generated(folder: Path) -> list[int]:
+    """Greedy tokens, with the prompt, as the runner makes them."""
+    model = onnxruntime_genai.Model(str(folder))
+    options = onnxruntime_genai.GeneratorParams(model)
+    options.set_search_options(max_length=PROMPT.shape[1] + NEW, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, options)
+    generator.append_tokens(PROMPT[0].tolist())
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_runner_generates_what_transformers_generates(name, tmp_path):
+    model = model_of(name)
+    lamella.save_checkpoint(lamella.capture(model), tmp_path / "out", format="onnxruntime-genai")
+    wanted = model.generate(input_ids=PROMPT, max_new_tokens=NEW, do_sample=False)[0].tolist()
+    got = generated(tmp_path / "out")
+    # Only one of the two repeats the token that ends the text.
+    assert got == wanted[: len(got)]
+    assert len(wanted) - len(got) <= 1
+
+
+def test_blocks_that_were_dropped_are_gone_from_the_config(tmp_path):
+    graph = lamella.capture(model_of("llama"))
+    lamella.transform(graph, ["drop-blocks blocks=1", "quantize-weights bits=8 block=32"])
+    lamella.save_checkpoint(graph, tmp_path / "out", format="onnxruntime-genai")
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["num_hidden_layers"] == 2
+    compiled = lamella.lower(graph, "onnxruntime")
+    wanted = compiled.generate(input_ids=PROMPT, max_new_tokens=NEW, do_sample=False)[0].tolist()
+    got = generated(tmp_path / "out")
+    assert got == wanted[: len(got)]
+
+
+@pytest.mark.parametrize(("name", "why"), [("t5", "an encoder"), ("mamba", "convolution, scan")])
+def test_models_that_the_runner_can_not_drive_are_refused(name, why, tmp_path):
+    with pytest.raises(CheckpointError, match=why):
+        lamella.save_checkpoint(
+            lamella.capture(model_of(name)), tmp_path / "out", format="onnxruntime-genai"
+        )
+    assert not (tmp_path / "out").exists()
