@@ -90,6 +90,7 @@ def _packed(joined: list[ir.Value]) -> list[ir.Value | None]:
     whole = (
         cut is not None
         and cut.op_type == "Split"
+        and cut.attributes["axis"].as_int() in (-1, 2)
         and all(maker is cut for maker in makers)
         and list(cut.outputs) == joined
     )
