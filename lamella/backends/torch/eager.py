@@ -120,8 +120,8 @@ def unpacked(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
             _swap(node, _linear, (bound["input"], weight, bound["bias"], block))
         elif node.target is lam.linear_int8.default:
             bound = ops.bind(node)
-            weight = _dense(module, node, dense)
-            _swap(node, _linear_int8, (bound["input"], weight, bound["bias"], bound["per_row"]))
+            rest = (bound["scales"], bound["bias"], bound["per_row"])
+            _swap(node, _linear_int8, (bound["input"], _dense(module, node, dense), *rest))
         elif node.target is lam.embedding_nbits.default:
             table = _dense(module, node, dense)
             _swap(node, aten.embedding.default, (table, ops.bind(node)["indices"]))
@@ -151,17 +151,23 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, block: int) -> T
     return functional.linear(rounded, weight[:, : input.shape[-1]].to(input.dtype), bias)
 
 
-def _linear_int8(input: Tensor, weight: Tensor, bias: Tensor | None, per_row: bool) -> Tensor:
-    """As `lamella::linear_int8`, but for sums in float32: PyTorch has no kernel for integers."""
+def _linear_int8(
+    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, per_row: bool
+) -> Tensor:
+    """As `lamella::linear_int8`, with integers in float32: there is no kernel for 8 bits.
+
+    Sums are exact as far as float32 goes, 2**24, which takes a thousand of the largest products.
+    """
     codes, step = (rounded_rows if per_row else rounded_tensor)(input)
-    return functional.linear((codes * step).to(input.dtype), weight.to(input.dtype), bias)
+    result = functional.linear(codes, weight) * (step * scales)
+    return (result if bias is None else result + bias).to(input.dtype)
 
 
 def _dense(module: fx.GraphModule, node: Node, known: dict[tuple[object, ...], Node]) -> Node:
     """The node that reads the dense weight of `node`; layers that share codes share it."""
     bound = ops.bind(node)
     if node.target is lam.linear_int8.default:
-        return _dense_rows(module, bound["weight"], bound["scales"], known)
+        return _wide(module, bound["weight"], known)
     is_linear = node.target is lam.linear_nbits.default
     operands = (bound["packed"], bound["scales"], bound["zero_points"])
     key = (*operands, bound["bits"], bound["block"], is_linear)
@@ -177,14 +183,12 @@ def _dense(module: fx.GraphModule, node: Node, known: dict[tuple[object, ...], N
     return known[key]
 
 
-def _dense_rows(
-    module: fx.GraphModule, weight: Node, scales: Node, known: dict[tuple[object, ...], Node]
-) -> Node:
-    """The node that reads the dense form of a matrix of integers with a scale per row."""
-    key = (weight, scales)
+def _wide(module: fx.GraphModule, weight: Node, known: dict[tuple[object, ...], Node]) -> Node:
+    """The node that reads a matrix of integers as float32."""
+    key = (weight,)
     if key not in known:
-        value = _read(module, weight) * _read(module, scales)[:, None]
-        known[key] = _held(module, f"{weight.target}_dense{len(known)}", value)
+        name = f"{weight.target}_dense{len(known)}"
+        known[key] = _held(module, name, _read(module, weight).float())
     return known[key]
 
 

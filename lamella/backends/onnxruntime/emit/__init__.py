@@ -29,6 +29,7 @@ from lamella.backends.onnxruntime.emit import (
     rotary,
     scan,
     skip_norm,
+    sum_apart,
     view,
     wanted_rows,
 )
@@ -64,6 +65,7 @@ Emitters = Mapping[Callable[..., Any], Emitter]
 FUSIONS: tuple[Callable[[Emission, Emitters], dict[Node, Emitter]], ...] = (
     merged.plan,
     skip_norm.plan,
+    sum_apart.plan,
     wanted_rows.plan,
 )
 """What finds the nodes that are written otherwise than by the emitter of their operator; the
