@@ -50,7 +50,8 @@ class Candidate:
 
     Attributes:
         name: For people.
-        weight_bytes: Bytes of the weights that a step reads; embeddings are read row by row.
+        weight_bytes: Bytes of the weights that a step reads, as they are stored (scales of 16 bits
+            are read as 32); embeddings are read row by row.
         step_at: Past -> a call that decodes one token with that many tokens in the cache.
     """
 
@@ -79,10 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         title="One token of a Llama of 88 million parameters, batch 1, caches bound",
         columns=(
             "candidate",
-            "MB read",
+            "MB stored",
             *(f"ms at {past}" for past in PASTS),
             "least ms",
-            f"bytes read / bandwidth, ms at {PASTS[0]}",
+            "ms to read them",
         ),
         rows=[
             *((*row, found[index].weight_bytes / speed * 1e3) for index, row in enumerate(rows)),
