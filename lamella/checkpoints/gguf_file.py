@@ -16,7 +16,7 @@ from lamella.checkpoints.gguf_package import check_installed, tensor_names, writ
 from lamella.checkpoints.gguf_tokenizer import vocabulary
 from lamella.checkpoints.gguf_types import Encoded, Kind, encoded
 from lamella.checkpoints.prepared import Prepared, companions, write_companions
-from lamella.checkpoints.reference import Reference, reference_of
+from lamella.checkpoints.reference import Reference, captured_config, reference_of
 from lamella.checkpoints.report import listed
 from lamella.checkpoints.weights import Weight, weights_for
 from lamella.errors import CheckpointError
@@ -45,8 +45,8 @@ def gguf_file(graph: Graph, tokenizer: Any | None, max_shard_bytes: int) -> Prep
             config and weights say what `graph` computes.
     """
     check_installed()
+    architecture = gguf_metadata.architecture_of(captured_config(graph))
     reference = reference_of(graph)
-    architecture = gguf_metadata.architecture_of(reference.config)
     found = weights_for(graph, reference)
     tensors = list(_tensors(reference, architecture, found.weights))
     files = companions(graph, tokenizer)

@@ -49,12 +49,11 @@ class Reference:
         return renamed(name, self.lists)
 
 
-def reference_of(graph: Graph) -> Reference:
-    """The model whose graph `graph` has become.
+def captured_config(graph: Graph) -> PreTrainedConfig:
+    """The config of the model that `graph` was captured from.
 
     Raises:
-        CheckpointError: `graph` is not of a model of transformers, or no config says which
-            layers are left.
+        CheckpointError: That was no model of transformers, or `graph` has a cache.
     """
     origin = graph.origin
     if origin.kind != "transformers" or origin.config is None:
@@ -67,17 +66,26 @@ def reference_of(graph: Graph) -> Reference:
         raise CheckpointError(
             "a checkpoint is written from the graph without a cache, the one that passes edit"
         )
-    dtype = _dtype_of(graph)
-    captured = build_without_data(config_of(origin.config), origin.architecture, dtype)
+    return config_of(origin.config)
+
+
+def reference_of(graph: Graph) -> Reference:
+    """The model whose graph `graph` has become.
+
+    Raises:
+        CheckpointError: `graph` is not of a model of transformers, or no config says which
+            layers are left.
+    """
+    before = captured_config(graph)
+    architecture, dtype = graph.origin.architecture, _dtype_of(graph)
+    captured = build_without_data(before, architecture, dtype)
     lists = layer_lists(graph, captured)
-    config = config_of(with_layers_left(origin.config, origin.architecture, lists))
-    config.architectures = [origin.architecture]
+    config = config_of(with_layers_left(graph.origin.config or {}, architecture, lists))
+    config.architectures = [architecture]
     config.dtype = dtype
-    model = build_without_data(config, origin.architecture, dtype)
+    model = build_without_data(config, architecture, dtype)
     inputs, dynamic = _call_of(graph)
-    built = capture_config(
-        config, inputs, task_class=origin.architecture, dtype=dtype, dynamic=dynamic
-    )
+    built = capture_config(config, inputs, task_class=architecture, dtype=dtype, dynamic=dynamic)
     canonicalize(built)
     return Reference(config, model, built, captured, lists)
 
