@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from lamella.checkpoints.gguf_metadata import Value
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
+
+_NONE: Mapping[str, Value] = MappingProxyType({"tokenizer.ggml.model": "no_vocab"})
+"""What a file says that has no vocabulary: readers then take tokens by number."""
 
 _SPLITS: Mapping[str, str] = MappingProxyType(
     {
@@ -26,11 +29,11 @@ class Vocabulary:
     """What a file says of the tokenizer.
 
     Attributes:
-        entries: By the keys of the format; empty when the format has no such tokenizer.
+        entries: By the keys of the format.
         remarks: What is left out or guessed.
     """
 
-    entries: dict[str, Value] = field(default_factory=dict[str, Value])
+    entries: Mapping[str, Value]
     remarks: tuple[str, ...] = ()
 
 
@@ -42,13 +45,13 @@ def vocabulary(tokenizer: Any | None, size: int) -> Vocabulary:
         size: Rows of the embedding; ids that no token has are filled up.
     """
     if tokenizer is None:
-        return Vocabulary(remarks=("no tokenizer was given, and the model's folder has none",))
+        return Vocabulary(_NONE, ("no tokenizer was given, and the model's folder has none",))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     data: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     kind = data.get("model", {}).get("type", type(tokenizer).__name__)
     if kind != "BPE":
         return Vocabulary(
-            remarks=(f"gguf has no place for a tokenizer of type {kind}; it is left out",)
+            _NONE, (f"gguf has no place for a tokenizer of type {kind}; it is left out",)
         )
     names = [str(step.get("type")) for step in _steps(data.get("pre_tokenizer"))]
     byte_level = "ByteLevel" in names
