@@ -51,19 +51,23 @@ def main() -> None:
     samples = list(calibration(windows(tokenizer, "calibration", 256, options.samples)))
     graph = lamella.capture(folder, samples[0])
     original = perplexity(graph, test)
-    rows: list[tuple[object, ...]] = [("fp32", "", graph.weight_bytes() / 1e6, original, "")]
+    measured: list[tuple[object, ...]] = []
     for budget in options.budgets:
-        rows.append(_uniform(graph, budget, test))
+        measured.append(_uniform(graph, budget, test))
         for score in options.scores:
             seeds = RANDOM_SEEDS if score == "random" else (0,)
             for seed in seeds:
-                rows.append(_allocated(graph, budget, score, seed, samples, test))
-                logger.info("%s", rows[-1])
+                measured.append(_allocated(graph, budget, score, seed, samples, test))
+                logger.info("%s", measured[-1])
+    whole = graph.weight_bytes() / 1e6
     Result(
         name="bits",
-        title=f"Perplexity of the trained language model on {test.numel()} unseen tokens",
-        columns=("bits per weight", "order", "weights in MB", "perplexity", "seconds"),
-        rows=rows,
+        title=(
+            f"Perplexity of the trained language model ({whole:.3g} MB of weights, perplexity "
+            f"{original:.4g} in fp32) on {test.numel()} unseen tokens"
+        ),
+        columns=("order", *(f"{budget} bits" for budget in options.budgets)),
+        rows=table(measured, options.budgets),
         notes=(
             f"Blocks of {BLOCK} with float16 scales, {OVERHEAD} bits per weight on top in every "
             "row of a budget; mixed plans choose among 2, 4 and 8 bits (embedding, head at least "
@@ -73,6 +77,17 @@ def main() -> None:
             f"Scores saw {options.samples} rows of 256 tokens of other files.",
         ),
     ).publish()
+
+
+def table(measured: list[tuple[object, ...]], budgets: list[int]) -> list[tuple[object, ...]]:
+    """A row for every order, a column for every budget, and the sizes in the first row."""
+    sizes: dict[object, object] = {}
+    found: dict[object, dict[object, object]] = {}
+    for budget, order, size, reached, _ in measured:
+        sizes.setdefault(budget, size)
+        found.setdefault(order, {})[budget] = reached
+    first = ("*MB, uniform*", *(sizes[budget] for budget in budgets))
+    return [first, *((order, *(row[b] for b in budgets)) for order, row in found.items())]
 
 
 def _uniform(graph: Graph, bits: int, test: Tensor) -> tuple[object, ...]:

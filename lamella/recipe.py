@@ -216,9 +216,7 @@ def _class_of(name: str, base: type[Any], known: Mapping[str, PassClass]) -> Pas
         return known[plain]
     kind = _kind_text(base)
     names = sorted(one for one, cls in known.items() if issubclass(cls, base))
-    raise RecipeError(
-        f"there is no {kind} {name!r}{known_names(plain, names)}"
-    )
+    raise RecipeError(f"there is no {kind} {name!r}{known_names(plain, names)}")
 
 
 def _built(cls: PassClass, options: Mapping[str, Any]) -> Transform | Analysis[Any]:

@@ -34,8 +34,6 @@ def make_backend(name: str, plugins: Mapping[str, Callable[[], Backend]] | None 
         return others[name]()
     if name not in HOMES:
         known = (*HOMES, *others)
-        raise BackendError(
-            f"unknown backend {name!r}{known_names(name, known)}"
-        )
+        raise BackendError(f"unknown backend {name!r}{known_names(name, known)}")
     module, attribute = HOMES[name]
     return getattr(importlib.import_module(module), attribute)()
