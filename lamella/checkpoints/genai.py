@@ -85,12 +85,29 @@ def _step(graph: Graph) -> Graph:
 def _config(graph: Graph, layout: CacheLayout, inputs: list[str]) -> dict[str, Any]:
     config: Any = graph.origin.config
     generation: Any = graph.origin.generation
+    length = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+    kind, end = str(config.get("model_type")), _end_tokens(graph)
+    pad = generation.get("pad_token_id")
+    return {
+        "model": {
+            "bos_token_id": generation.get("bos_token_id") or 0,
+            "context_length": length,
+            "decoder": _decoder(config, layout, inputs),
+            "eos_token_id": end or 0,
+            "pad_token_id": pad if pad is not None else (end or [0])[0],
+            "type": kind if kind in _TYPES else "llama",
+            "vocab_size": config["vocab_size"],
+        },
+        "search": _search(generation, length),
+    }
+
+
+def _decoder(config: Any, layout: CacheLayout, inputs: list[str]) -> dict[str, Any]:
+    """What the runner binds, and the sizes of the caches it allocates."""
     keys = [slot for slot in layout.slots if slot.kind == "key"]
     heads, _, width = keys[0].shape
-    length = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
-    end = _end_tokens(graph)
-    named = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
-    decoder = {
+    named = ("input_ids", "attention_mask", "position_ids")
+    return {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL,
         "head_size": width,
@@ -109,30 +126,20 @@ def _config(graph: Graph, layout: CacheLayout, inputs: list[str]) -> dict[str, A
         "num_hidden_layers": len(keys),
         "num_key_value_heads": heads,
     }
-    kind = str(config.get("model_type"))
-    pad = generation.get("pad_token_id")
+
+
+def _search(generation: Any, length: int) -> dict[str, Any]:
     return {
-        "model": {
-            "bos_token_id": generation.get("bos_token_id") or 0,
-            "context_length": length,
-            "decoder": decoder,
-            "eos_token_id": end or 0,
-            "pad_token_id": pad if pad is not None else (end or [0])[0],
-            "type": kind if kind in _TYPES else "llama",
-            "vocab_size": config["vocab_size"],
-        },
-        "search": {
-            "do_sample": bool(generation.get("do_sample", False)),
-            "max_length": length,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": True,
-            "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
-            "temperature": float(generation.get("temperature") or 1.0),
-            "top_k": int(generation.get("top_k") or 50),
-            "top_p": float(generation.get("top_p") or 1.0),
-        },
+        "do_sample": bool(generation.get("do_sample", False)),
+        "max_length": length,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": True,
+        "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
+        "temperature": float(generation.get("temperature") or 1.0),
+        "top_k": int(generation.get("top_k") or 50),
+        "top_p": float(generation.get("top_p") or 1.0),
     }
 
 
