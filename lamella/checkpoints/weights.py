@@ -76,6 +76,7 @@ class _Collector:
                 if not self.model.is_loaded(weight):
                     self.bound.setdefault(str(weight.target), []).append(one)
         self.aliases: dict[str, tuple[str, ...]] = {}
+        self.rounded = list(dict.fromkeys(comparison.rounded))
         self.problems: list[str] = []
         self.unread: list[str] = []
 
@@ -192,6 +193,9 @@ class _Collector:
     def _remarks(self) -> Iterator[str]:
         if self.unread:
             yield f"zeros for weights that nothing reads: {listed(self.unread)}"
+        if self.rounded:
+            tables = listed(self.rounded)
+            yield f"readers compute tables more exactly than the graph has them: {tables}"
 
 
 def _check(graph: Graph, reference: Reference, comparison: Comparison) -> None:
