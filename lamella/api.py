@@ -21,7 +21,9 @@ from lamella.backends.artifact import (
 )
 from lamella.backends.base import Backend, Executable
 from lamella.backends.registry import HOMES, make_backend
+from lamella.checkpoints.save import KINDS
 from lamella.data import Batch, Samples
+from lamella.errors import ArtifactError
 from lamella.ir.finite import check_weights
 from lamella.ir.graph import Graph
 from lamella.ir.model_folder import CONFIG
@@ -165,8 +167,8 @@ def load(folder: str | os.PathLike[str]) -> Executable:
         ArtifactError: The folder is missing or corrupt.
         BackendError: Something its backend needs is missing.
     """
-    names = (*HOMES, *plugins.backends())
-    return load_artifact(os.fspath(folder), {name: _loader(name) for name in names})
+    loaders = {name: _loader(name) for name in (*HOMES, *plugins.backends())}
+    return load_artifact(os.fspath(folder), {**loaders, **dict.fromkeys(KINDS, _no_executable)})
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,14 @@ def find_backend(backend: str | Backend) -> Backend:
     if isinstance(backend, Backend):
         return backend
     return make_backend(backend, plugins.backends())
+
+
+def _no_executable(artifact: Artifact) -> Executable:
+    """Refuse a checkpoint, which is sound and is for others to load."""
+    format = KINDS[artifact.description.backend]
+    raise ArtifactError(
+        f"{str(artifact.folder)!r} is a checkpoint of format {format}, no executable; load it with the runtime it was written for, or compile it"
+    )
 
 
 def _loader(name: str) -> Callable[[Artifact], Executable]:

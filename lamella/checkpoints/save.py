@@ -31,6 +31,9 @@ FORMATS: Mapping[str, Callable[[Graph, Any, int], Prepared]] = MappingProxyType(
 )
 """The formats by name."""
 
+KINDS: Mapping[str, str] = MappingProxyType({f"checkpoint-{name}": name for name in FORMATS})
+"""What the manifest of a folder calls itself -> its format."""
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,12 @@ def test_a_changed_byte_is_refused(name, tmp_path, language_model):
         lamella.capture(tmp_path / "out")
 
 
+def test_a_checkpoint_is_no_executable(graph, tmp_path):
+    save_checkpoint(graph, tmp_path / "out")
+    with pytest.raises(ArtifactError, match="is a checkpoint of format huggingface, no executable"):
+        lamella.load(tmp_path / "out")
+
+
 def test_weights_that_nothing_reads_come_from_the_folder(tmp_path):
     folder = save_encoder(tmp_path / "encoder")
     graph = lamella.capture(folder)
@@ -336,20 +343,19 @@ def test_a_shard_is_as_large_as_allowed_and_the_index_names_all(tmp_path):
 
 
 def test_tensors_are_made_one_by_one(tmp_path):
+    made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    class Counted:
-        def __init__(self, place: int) -> None:
-            self.place = place
+    def make() -> Tensor:
+        alive.append(sum(one() is not None for one in made))
+        value = torch.zeros(4)
+        made.append(weakref.ref(value))
+        return value
 
-        def __call__(self) -> Tensor:
-            alive.append(self.place)
-            return torch.zeros(4)
-
-    made = [Stored(f"w{i}", (4,), torch.float32, Counted(i)) for i in range(3)]
-    assert alive == []
-    write_safetensors(tmp_path / "x.safetensors", made)
-    assert alive == [0, 1, 2]
+    tensors = [Stored(f"w{i}", (4,), torch.float32, make) for i in range(3)]
+    assert made == []
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    assert alive == [0, 0, 0]
 
 
 def test_a_tensor_that_is_not_what_was_announced_is_an_error(tmp_path):
