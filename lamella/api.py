@@ -252,7 +252,8 @@ def _no_executable(artifact: Artifact) -> Executable:
     """Refuse a checkpoint, which is sound and is for others to load."""
     format = KINDS[artifact.description.backend]
     raise ArtifactError(
-        f"{str(artifact.folder)!r} is a checkpoint of format {format}, no executable; load it with the runtime it was written for, or compile it"
+        f"{str(artifact.folder)!r} is a checkpoint of format {format}, no executable; load "
+        f"it with the runtime it was written for, or compile it"
     )
 
 
