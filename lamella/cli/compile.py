@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,23 @@ import typer
 from lamella.cli.console import Stages, errors_in_one_line, out, show_json
 from lamella.cli.lazy import api, artifact, instruments, recipe, sample_files, save
 from lamella.errors import ArtifactError
+
+_CheckpointOption = Annotated[
+    Path | None, typer.Option(help="Folder for a checkpoint that other runtimes load.")
+]
+_FormatOption = Annotated[
+    str,
+    typer.Option(
+        help="Of the checkpoint: huggingface, compressed-tensors, gguf or onnxruntime-genai."
+    ),
+]
+_MaxLossOption = Annotated[
+    float | None, typer.Option(help="Stop when a pass costs more than this.")
+]
+_LatencyOption = Annotated[
+    str | None,
+    typer.Option(help="Time the model after every pass, with this batch x sequence: 1x128."),
+]
 
 
 @errors_in_one_line()
@@ -20,12 +39,8 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the executable.")
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder for a checkpoint that other runtimes load.")
-    ] = None,
-    format: Annotated[
-        str, typer.Option(help="Of the checkpoint: huggingface, compressed-tensors or gguf.")
-    ] = "huggingface",
+    checkpoint: _CheckpointOption = None,
+    format: _FormatOption = "huggingface",
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", "-r", help="YAML file with the passes.")
     ] = None,
@@ -40,14 +55,9 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
     backend: Annotated[
         str, typer.Option("--backend", "-b", help="onnxruntime, eager, aot, or one of a plugin.")
     ] = "onnxruntime",
-    max_loss: Annotated[
-        float | None, typer.Option(help="Stop when a pass costs more than this.")
-    ] = None,
+    max_loss: _MaxLossOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="Skipping a layer is an error.")] = False,
-    latency: Annotated[
-        str | None,
-        typer.Option(help="Time the model after every pass, with this batch x sequence: 1x128."),
-    ] = None,
+    latency: _LatencyOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile a model: edit it by passes and save something smaller and faster."""
@@ -55,15 +65,8 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
     pipeline = pipeline_of(recipe_file, passes or [])
     timed = None if latency is None else api.Snapshots.of(latency)
     texts = None if samples is None else sample_files.read_samples(samples)
-    written: list[Any] = []
-
-    def write(source: Any) -> None:
-        if checkpoint is not None:
-            stage("writing the checkpoint")
-            written.append(save.save_checkpoint(source.graph, checkpoint, format=format))
-            stage("")
-
     with Stages() as stage:
+        writer = _CheckpointWriter(checkpoint, format, stage)
         job = api.Compilation(
             pipeline,
             backend,
@@ -72,19 +75,48 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
             instruments=(instruments.Progress(),),
             latency=timed,
             stage=stage,
-            edited=write,
+            edited=writer.write,
         )
-        if folder is None:
-            stage("reading the model")
-            source = api.read(model)
-            stage("")
-            report = job.edit(source, texts)
-        else:
-            executable = job.run(model, samples=texts)
-            stage("saving")
-            executable.save(folder)
-            report = executable.report
-    _show(report, folder, written, as_json)
+        report = _run(job, model, folder, texts)
+    _show(report, folder, writer.reports, as_json)
+
+
+@dataclass
+class _CheckpointWriter:
+    """Writes the edited model into a folder, where one was asked for.
+
+    Attributes:
+        folder: The folder, or None.
+        format: Of the checkpoint.
+        stage: Is told what begins.
+        reports: What was written.
+    """
+
+    folder: Path | None
+    format: str
+    stage: Callable[[str], object]
+    reports: list[Any] = field(default_factory=list[Any])
+
+    def write(self, source: Any) -> None:
+        """Write the model of `source`."""
+        if self.folder is not None:
+            self.stage("writing the checkpoint")
+            written = save.save_checkpoint(source.graph, self.folder, format=self.format)
+            self.reports.append(written)
+            self.stage("")
+
+
+def _run(job: Any, model: str, folder: Path | None, texts: Any) -> Any:
+    """Compile into `folder`, or only edit when there is none; gives the report."""
+    if folder is None:
+        job.stage("reading the model")
+        source = api.read(model)
+        job.stage("")
+        return job.edit(source, texts)
+    executable = job.run(model, samples=texts)
+    job.stage("saving")
+    executable.save(folder)
+    return executable.report
 
 
 def _check_targets(folder: Path | None, checkpoint: Path | None, format: str) -> None:
@@ -116,7 +148,8 @@ def pipeline_of(recipe_file: Path | None, passes: list[str]) -> tuple[Any, ...]:
 
 def _show(report: Any, folder: Path | None, written: list[Any], as_json: bool) -> None:
     if folder is not None:
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
         report = report.extended(files=sizes)
     if as_json:
         show_json({**report.to_json(), "checkpoints": [one.to_json() for one in written]})
