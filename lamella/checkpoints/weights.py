@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lamella.checkpoints.folded import unfolded
+from lamella.checkpoints.folded import agrees, unfolded
 from lamella.checkpoints.matching import Bound, Comparison, compare, evaluate, weights_of
 from lamella.checkpoints.packed import Packed
 from lamella.checkpoints.reference import Reference
@@ -99,14 +99,31 @@ class _Collector:
         """The weight `name`, which the graph of the model reads as `known`."""
         bounds = self.bound[known]
         direct = [one for one in bounds if one.wanted.op == "get_attr"]
+        expressed = [one for one in bounds if one.wanted.op != "get_attr"]
         if not direct:
-            return self._expressed(name, bounds[0], held)
+            weight = self._expressed(name, expressed[0], held)
+            self._compare(weight, known, expressed[1:])
+            return weight
         values = dict.fromkeys(_name(one.found) for one in direct)
         if len(values) > 1:
             both = " and ".join(values)
             self.problems.append(f"{known} is one weight in the model, here there are {both}")
         # A head that shares the codes of an embedding multiplies them in single precision.
-        return self._direct(name, known, min(direct, key=_is_lookup), held)
+        weight = self._direct(name, known, min(direct, key=_is_lookup), held)
+        self._compare(weight, known, expressed)
+        return weight
+
+    def _compare(self, weight: Weight, known: str, expressed: list[Bound]) -> None:
+        """Other constants that were folded from `weight` must still follow from it."""
+        for one in expressed:
+            sources = [w for w in weights_of(one.wanted) if not self.model.is_loaded(w)]
+            if one.found is None or len(sources) != 1:
+                continue
+            turned = known in self.model.origin.transposed
+            value = weight.read().mT if turned else weight.read()
+            got = evaluate(self.model, one.wanted, {sources[0]: value})
+            if not agrees(got, self.graph.weight(one.found)):
+                self.problems.append(f"{one.found.target} no longer follows from {known}")
 
     def _direct(self, name: str, known: str, one: Bound, held: Tensor) -> Weight:
         """A weight that the graph holds as it is, in few bits, or not at all."""
