@@ -87,8 +87,8 @@ def remarks(config: Any) -> Iterator[str]:
     window = getattr(config, "sliding_window", None)
     if window and (sliding or config.model_type == "mistral"):
         yield f"readers attend to all tokens: the same up to the sliding window of {window} tokens"
-    if _rope(config)["rope_type"] == "llama3":
-        yield "scaled rotary frequencies are a tensor, which transformers doesn't read"
+    if _rope(config)["rope_type"] != "default":
+        yield "rotary positions are scaled, which transformers doesn't read from the file"
 
 
 def frequency_factors(config: Any, model: PreTrainedModel) -> Tensor | None:
