@@ -12,6 +12,7 @@ import sys
 SCRIPTS = {
     "demo": ("benchmarks.demo", "--record"),
     "encoder": ("benchmarks.encoder", "--record"),
+    "decode": ("benchmarks.decode",),
     "onnx-writer": ("benchmarks.onnx_writer",),
     "onnx-kernels": ("benchmarks.onnx_kernels",),
     "manager": ("benchmarks.manager",),
