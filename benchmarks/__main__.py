@@ -13,6 +13,7 @@ SCRIPTS = {
     "demo": ("benchmarks.demo", "--record"),
     "encoder": ("benchmarks.encoder", "--record"),
     "decode": ("benchmarks.decode",),
+    "compile-time": ("benchmarks.compile_time",),
     "onnx-writer": ("benchmarks.onnx_writer",),
     "onnx-kernels": ("benchmarks.onnx_kernels",),
     "manager": ("benchmarks.manager",),
