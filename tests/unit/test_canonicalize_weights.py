@@ -222,7 +222,8 @@ def test_safe_softmax_of_the_onnx_exporter_is_attention() -> None:
 
 
 def test_experts_are_grouped_linears() -> None:
-    pytest.importorskip("transformers.integrations.moe")
+    reason = "this transformers has no grouped product of experts"
+    pytest.importorskip("transformers.integrations.moe", reason=reason)
     product = torch.ops.transformers.grouped_mm_fallback
 
     def experts(x: Tensor, offsets: Tensor, w: Tensor, v: Tensor) -> Tensor:

@@ -303,8 +303,7 @@ def _t5() -> nn.Module:
 
 
 def _bart() -> nn.Module:
-    config = hf.BartConfig(**_SEQ2SEQ, max_position_embeddings=96)
-    return hf.BartForConditionalGeneration(config)
+    return hf.BartForConditionalGeneration(hf.BartConfig(**_SEQ2SEQ, max_position_embeddings=96))
 
 
 def _clip() -> nn.Module:
