@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lamella
 from lamella.generation import GenerativeExecutable
 from tests.conftest import family_of
+from tests.zoo.shorter import without_layers, without_sublayer
 
 DECODERS = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "opt", "mixtral"),
@@ -77,11 +78,66 @@ def test_greedy_tokens_are_those_of_transformers(name, backend):
     model, executable = language_model(name), compiled(name, backend)
     cases = [prompts(name, 1, length, padded=False) for length in (4, 7, 11)]
     cases.append(prompts(name, 4, 9, padded=name != "mamba"))
+    assert_generates_alike(name, executable, model, cases)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*DECODERS, *SEQ2SEQ])
+def test_a_model_without_a_block_generates_what_transformers_does_without_its_layer(name, backend):
+    # The first block of a decoder, from whose cache transformers reads the past length; in the
+    # middle of both stacks where there are two: the first of T5 holds what all of them use.
+    layers = (1, 1) if name in SEQ2SEQ else (0,)
+    edit = "drop-blocks blocks=1,4" if name in SEQ2SEQ else "drop-blocks blocks=0"
+    executable = shortened(name, edit, backend)
+    cases = [prompts(name, 1, 7, padded=False), prompts(name, 4, 9, padded=name != "mamba")]
+    assert_generates_alike(name, executable, without_layers(language_model(name), layers), cases)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "sublayer", "module"),
+    [
+        ("llama", 0, "model.layers.0.self_attn"),
+        ("llama", 3, "model.layers.1.mlp"),
+        ("gpt2", 2, "transformer.h.1.attn"),
+        ("gpt2", 5, "transformer.h.2.mlp"),
+    ],
+)
+def test_a_model_without_a_sublayer_generates_what_transformers_does(
+    name, sublayer, module, backend
+):
+    executable = shortened(name, f"drop-sublayers sublayers={sublayer}", backend)
+    assert len(executable.layout.slots) == (6 if module.endswith("mlp") else 4)
+    model = without_sublayer(language_model(name), module)
+    cases = [prompts(name, 1, 7, padded=False), prompts(name, 4, 9, padded=True)]
+    assert_generates_alike(name, executable, model, cases, use_cache=False)
+
+
+@functools.cache
+def edited(name: str, edit: str) -> lamella.Graph:
+    graph = graph_of(name).copy()
+    lamella.transform(graph, [edit])
+    return graph
+
+
+def shortened(name: str, edit: str, backend: str) -> GenerativeExecutable:
+    executable = lamella.lower(edited(name, edit), backend)
+    assert isinstance(executable, GenerativeExecutable)
+    return executable
+
+
+def assert_generates_alike(
+    name: str,
+    executable: GenerativeExecutable,
+    model: nn.Module,
+    cases: list[dict[str, Tensor]],
+    **options: Any,
+) -> None:
+    """The same tokens and logits as `model`; `options` are for `model` alone."""
     for given in cases:
         if name == "whisper":
             # Its own generate looks into the tensors of the cache to give logits as well.
-            options = {"output_logits": False, "return_dict_in_generate": False}
-            got, wanted = (greedy(one, given, **options) for one in (executable, model))
-            assert torch.equal(got, wanted)
+            plain = {"output_logits": False, "return_dict_in_generate": False}
+            assert torch.equal(greedy(executable, given, **plain), greedy(model, given, **plain))
         else:
-            assert_same(greedy(executable, given), greedy(model, given))
+            assert_same(greedy(executable, given), greedy(model, given, **options))
