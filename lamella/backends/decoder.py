@@ -140,16 +140,14 @@ class Decoder(abc.ABC):
             GenerationError: Sizes don't agree, or the model has no positions left.
         """
         self._check(state, tokens, mask)
-        if positions is None:
-            positions = self._positions(state, tokens, mask)
-        elif positions.shape != tokens.shape:
-            raise GenerationError(
-                f"positions have shape {list(positions.shape)} where the new tokens have "
-                f"{list(tokens.shape)}"
-            )
-        if self.layout.positions is None:
-            positions = None
-        logits = self._advance(state, Step(tokens, mask, positions, last_only))
+        _check_positions(tokens, positions)
+        logits = None
+        if _is_next_token(state, tokens, mask, positions):
+            logits = self._continue(state, tokens)
+        if logits is None:
+            if positions is None or self.layout.positions is None:
+                positions = self._positions(state, tokens, mask)
+            logits = self._advance(state, Step(tokens, mask, positions, last_only))
         state.length += tokens.shape[1]
         return logits
 
@@ -160,6 +158,14 @@ class Decoder(abc.ABC):
     @abc.abstractmethod
     def _advance(self, state: State, step: Step) -> Tensor:
         """What `step` gives; all but ``state.length`` is left as it is after the new tokens."""
+
+    def _continue(self, state: State, tokens: Tensor) -> Tensor | None:
+        """What `step` gives for one more token of sequences of which nothing is hidden.
+
+        None when the decoder has no shorter way for it.
+        """
+        del state, tokens
+        return None
 
     def _check(self, state: State, tokens: Tensor, mask: Tensor | None) -> None:
         if tokens.ndim != 2 or tokens.shape[0] != state.batch or tokens.shape[1] < 1:
@@ -270,6 +276,23 @@ class GrowingDecoder(Decoder):
         state.cache = [results[place] for place in self._presents]
         logits = results[self._logits]
         return logits[:, -1:] if step.last_only else logits
+
+
+def _check_positions(tokens: Tensor, positions: Tensor | None) -> None:
+    if positions is not None and positions.shape != tokens.shape:
+        raise GenerationError(
+            f"positions have shape {list(positions.shape)} where the new tokens have "
+            f"{list(tokens.shape)}"
+        )
+
+
+def _is_next_token(
+    state: State, tokens: Tensor, mask: Tensor | None, positions: Tensor | None
+) -> bool:
+    """Whether this is one more token at its place, and the mask hides nothing."""
+    if tokens.shape[1] != 1 or not (mask is None or bool(mask.all())):
+        return False
+    return positions is None or bool((positions == state.length).all())
 
 
 def empty_slot(slot: Slot, batch: int) -> Tensor:

@@ -41,6 +41,7 @@ class Buffers(State):
         super().__init__(batch)
         self.capacity = 0
         self.slots: Sequence[Slot] = layout.slots
+        self._turns = not all(slot.grows for slot in layout.slots)
         self.past = [_zeros(slot, batch, 0) for slot in layout.slots]
         self.present = [
             old if slot.grows else old.clone()
@@ -54,6 +55,12 @@ class Buffers(State):
         self.side = 0
         self.ready: dict[int, Bound] = {}
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token has the row of its position."""
+        alone = self.general is None and self.seen is None
+        return alone and not any(self.offsets or ())
+
     def make_room(self, rows: int, limit: int | None) -> None:
         """Have buffers of at least `rows` rows; what is in them is copied when they grow."""
         if rows <= self.capacity:
@@ -65,7 +72,7 @@ class Buffers(State):
 
     def turn(self) -> None:
         """What was written is what the next call reads."""
-        if not all(slot.grows for slot in self.slots):
+        if self._turns:
             self.past, self.present = self.present, self.past
             self.side = 1 - self.side
 

@@ -85,6 +85,25 @@ class OnnxDecoder(Decoder):
             state.general, step.tokens, step.mask, step.positions, last_only=step.last_only
         )
 
+    def _continue(self, state: State, tokens: Tensor) -> Tensor | None:
+        """One more token of each sequence: numbers are written into the call that is bound."""
+        assert isinstance(state, Buffers)
+        call = state.ready.get(state.side) if tokens.shape[1] == 1 else None
+        if call is None or not state.is_plain or state.length >= state.capacity:
+            return None
+        if self.layout.mask in self._reads:
+            return None  # it gets longer with every token
+        call.tensor(self.layout.tokens).copy_(tokens)
+        for name, value in ((FILLED, state.length), (TOTAL, state.length + 1)):
+            if name in self._reads:
+                call.tensor(name).fill_(value)
+        if self.layout.positions in self._reads:
+            call.tensor(self.layout.positions).fill_(state.length)
+        call.run()
+        state.turn()
+        state.filled = [state.length + 1] * state.batch
+        return call.tensor(self.layout.logits)
+
     # ---- what the buffers can do --------------------------------------------------------
 
     def _placement(self, state: Buffers, step: Step) -> Placement | None:
