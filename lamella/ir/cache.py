@@ -19,7 +19,8 @@ class Slot:
         kind: What it holds. ``"key"`` and ``"value"`` grow with every token along axis 2 and are
             empty at first, ``[batch, kv_heads, past, width]``; ``"convolution"`` (the last
             inputs, ``[batch, channels, kernel - 1]``) and ``"scan"`` (``[batch, channels,
-            states]``) keep their size and are zero at first.
+            states]``, with heads ``[batch, heads, width, states]``) keep their size and are zero
+            at first.
         input: Name of the input that takes the past.
         output: Name of the output that gives past and new.
         shape: Sizes of all axes but the batch; the axis that grows is -1.

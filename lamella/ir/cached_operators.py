@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lamella.ir.operators import define
+from lamella.ir.operators import define, scan_heads
 
 
 def cached_attention(  # noqa: PLR0913  (the arguments of the operator)
@@ -118,6 +118,34 @@ def cached_selective_scan(
     return torch.stack(outputs, dim=-1), state
 
 
+def cached_head_scan(
+    input: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `lamella::head_scan` from a given state, and the state after it.
+
+    Args:
+        input: ``[batch, new, heads, width]``.
+        delta: ``[batch, new, heads]``.
+        a: ``[heads]``, negative.
+        b: ``[batch, new, groups, states]``; `heads` is a multiple of `groups`.
+        c: As `b`.
+        state: ``[batch, heads, width, states]``; zeros at the start of a sequence.
+
+    Returns:
+        ``[batch, new, heads, width]`` and ``[batch, heads, width, states]``.
+    """
+    return scan_heads(input, delta, a, b, c, state)
+
+
+def _fake_cached_scan(
+    input: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    plain = torch.contiguous_format
+    return torch.empty_like(input, memory_format=plain), torch.empty_like(
+        state, memory_format=plain
+    )
+
+
 def _fake_cached_attention(
     query: Tensor,
     key: Tensor,
@@ -146,16 +174,20 @@ define(
     "cached_selective_scan(Tensor input, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor state) "
     "-> (Tensor, Tensor)",
     cached_selective_scan,
-    lambda input, delta, a, b, c, state: (
-        torch.empty_like(input, memory_format=torch.contiguous_format),
-        torch.empty_like(state, memory_format=torch.contiguous_format),
-    ),
+    _fake_cached_scan,
+)
+define(
+    "cached_head_scan(Tensor input, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor state) "
+    "-> (Tensor, Tensor)",
+    cached_head_scan,
+    _fake_cached_scan,
 )
 
 CACHED_REFERENCE: Mapping[Callable[..., object], Callable[..., object]] = MappingProxyType(
     {
         torch.ops.lamella.cached_attention.default: cached_attention,
         torch.ops.lamella.cached_selective_scan.default: cached_selective_scan,
+        torch.ops.lamella.cached_head_scan.default: cached_head_scan,
     }
 )
 """Each operator of this module -> the same in plain PyTorch."""

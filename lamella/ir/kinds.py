@@ -49,7 +49,7 @@ NONLINEAR = frozenset(
 """Operators that bend; a path without one of them is linear up to its norms."""
 
 _ROUTING = frozenset({"topk", "sort", "histc", "grouped_linear"}) | _EXPERTS
-_SCANS = frozenset({"selective_scan", "cached_selective_scan"})
+_SCANS = frozenset({"selective_scan", "cached_selective_scan", "head_scan", "cached_head_scan"})
 _SUMS = frozenset({"cumsum"})
 _SOFTMAX = frozenset({"softmax", "_softmax"})
 

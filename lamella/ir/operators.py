@@ -190,6 +190,51 @@ def selective_scan(input: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor
     return torch.stack(outputs, dim=-1)
 
 
+def head_scan(input: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The recurrence of a state-space layer with heads (Mamba2), from a zero state.
+
+    Each head decays as a whole, and heads of a group share `b` and `c`: with the state of a
+    head ``[width, states]``, ``state_t = exp(delta_t a) state_(t-1) + delta_t input_t b_t^T``
+    and ``y_t = state_t c_t``.
+
+    Args:
+        input: ``[batch, sequence, heads, width]``.
+        delta: Step sizes, ``[batch, sequence, heads]``.
+        a: ``[heads]``, negative.
+        b: ``[batch, sequence, groups, states]``; `heads` is a multiple of `groups`.
+        c: As `b`.
+
+    Returns:
+        As `input`.
+    """
+    state = input.new_zeros(input.shape[0], *input.shape[2:], b.shape[-1])
+    return scan_heads(input, delta, a, b, c, state)[0]
+
+
+def scan_heads(
+    input: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `head_scan` from `state`, and the state after it.
+
+    Args:
+        input: As all but `state` for `head_scan`.
+        delta: See there.
+        a: See there.
+        b: See there.
+        c: See there.
+        state: ``[batch, heads, width, states]``.
+    """
+    heads = input.shape[2]
+    b, c = (x.repeat_interleave(heads // x.shape[2], 2, output_size=heads) for x in (b, c))
+    decay = torch.exp(delta * a)[..., None, None]
+    update = (delta.unsqueeze(-1) * input).unsqueeze(-1)
+    outputs: list[Tensor] = []
+    for step in range(input.shape[1]):
+        state = decay[:, step] * state + update[:, step] * b[:, step].unsqueeze(2)
+        outputs.append(torch.matmul(state, c[:, step].unsqueeze(-1)).squeeze(-1))
+    return torch.stack(outputs, dim=1), state
+
+
 def grouped_linear(input: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Linear layers of experts over rows that are sorted by expert.
 
@@ -275,6 +320,11 @@ define(
     lambda input, delta, a, b, c: torch.empty_like(input, memory_format=torch.contiguous_format),
 )
 define(
+    "head_scan(Tensor input, Tensor delta, Tensor a, Tensor b, Tensor c) -> Tensor",
+    head_scan,
+    lambda input, delta, a, b, c: torch.empty_like(input, memory_format=torch.contiguous_format),
+)
+define(
     "grouped_linear(Tensor input, Tensor weight, Tensor offsets) -> Tensor",
     grouped_linear,
     lambda input, weight, offsets: input.new_empty((input.shape[0], weight.shape[1])),
@@ -287,6 +337,7 @@ REFERENCE: Mapping[Callable[..., object], Callable[..., Tensor]] = MappingProxyT
         torch.ops.lamella.linear_int8.default: linear_int8,
         torch.ops.lamella.embedding_nbits.default: embedding_nbits,
         torch.ops.lamella.selective_scan.default: selective_scan,
+        torch.ops.lamella.head_scan.default: head_scan,
         torch.ops.lamella.grouped_linear.default: grouped_linear,
     }
 )

@@ -151,6 +151,7 @@ def _others(add: Callable[..., None]) -> None:
     add("pooling", aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec)
     add("pooling", aten.upsample_bicubic2d.vec)
     add("scan", lam.selective_scan.default, lam.cached_selective_scan.default)
+    add("scan", lam.head_scan.default, lam.cached_head_scan.default)
     add("shape", aten.sym_size.int, operator.add, operator.sub, operator.mul)
     add("shape", operator.floordiv, operator.mod, operator.neg, torch.sym_max, torch.sym_min)
 

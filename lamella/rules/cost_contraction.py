@@ -124,6 +124,15 @@ def selective_scan(call: Call) -> Work:
     return replace(work, cache_bytes=batch * channels * states * call.bytes_per_element())
 
 
+def head_scan(call: Call) -> Work:
+    """Per state and step: six operations; one exponential per head and step."""
+    batch, steps, heads, width = call.shape("input")
+    states = call.shape("b")[-1]
+    held = batch * heads * width * states
+    work = call.work(6 * held * steps + TRANSCENDENTAL * batch * heads * steps)
+    return replace(work, cache_bytes=held * call.bytes_per_element())
+
+
 def pooling(call: Call) -> Work:
     """One operation for each element of each window."""
     kernel: Any = call.operand("kernel_size")
@@ -152,6 +161,8 @@ CONTRACTING: Mapping[Target, CostRule] = {
     lam.cached_attention.default: cached_attention,
     lam.selective_scan.default: selective_scan,
     lam.cached_selective_scan.default: selective_scan,
+    lam.head_scan.default: head_scan,
+    lam.cached_head_scan.default: head_scan,
 }
 """Matrix products and what is made of them."""
 

@@ -19,7 +19,11 @@ from lamella.backends.onnxruntime.session import Session
 from lamella.backends.onnxruntime.writer import write_onnx
 from lamella.backends.torch.eager import EagerBackend
 from lamella.ir.cache import CacheLayout, Slot
-from lamella.ir.cached_operators import cached_attention, cached_selective_scan
+from lamella.ir.cached_operators import (
+    cached_attention,
+    cached_head_scan,
+    cached_selective_scan,
+)
 from lamella.ir.graph import Graph
 from tests.unit.onnx_runs import graph_of, run_onnx
 
@@ -273,6 +277,38 @@ def test_a_recurrence_goes_on_from_its_state(new: int):
     expected = cached_selective_scan(x, delta, a, b, c, state)
     for want, got in zip(expected, run_onnx(graph, (x, delta, state)), strict=True):
         torch.testing.assert_close(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("new", [1, 6])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_recurrence_with_heads_goes_on_from_its_state(new: int, groups: int):
+    a = -numbers(4, seed=6).abs()
+    x, delta, state = (
+        numbers(2, new, 4, 3),
+        numbers(2, new, 4, seed=1).abs(),
+        numbers(2, 4, 3, 5, seed=2),
+    )
+    b, c = (numbers(2, new, groups, 5, seed=seed) for seed in (3, 4))
+
+    def scan(a: Tensor, b: Tensor, c: Tensor, x: Tensor, delta: Tensor, s: Tensor) -> Any:
+        return lam.cached_head_scan(x, delta, a, b, c, s)
+
+    graph = graph_of(scan, x, delta, state, weights=(a, b, c), dynamic=False)
+    expected = cached_head_scan(x, delta, a, b, c, state)
+    for want, got in zip(expected, run_onnx(graph, (x, delta, state)), strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_a_recurrence_in_two_calls_is_one_recurrence():
+    x, delta = numbers(2, 7, 4, 3), numbers(2, 7, 4, seed=1).abs()
+    b, c = (numbers(2, 7, 2, 5, seed=seed) for seed in (3, 4))
+    a = -numbers(4, seed=6).abs()
+    first, state = cached_head_scan(
+        *(v[:, :4] for v in (x, delta)), a, b[:, :4], c[:, :4], torch.zeros(2, 4, 3, 5)
+    )
+    second, _ = cached_head_scan(*(v[:, 4:] for v in (x, delta)), a, b[:, 4:], c[:, 4:], state)
+    whole = lam.head_scan(x, delta, a, b, c)
+    assert torch.equal(torch.cat((first, second), 1), whole)
 
 
 def test_the_reference_is_attention_by_hand():

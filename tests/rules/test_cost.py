@@ -199,6 +199,6 @@ def test_costs_stay_symbolic():
 
 
 def test_operators_of_our_own_are_in_the_table():
-    for target in (lam.selective_scan.default, lam.grouped_linear.default):
+    for target in (lam.selective_scan.default, lam.head_scan.default, lam.grouped_linear.default):
         assert target in COST
     assert aten.linear.default in COST

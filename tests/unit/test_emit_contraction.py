@@ -193,3 +193,17 @@ def test_a_selective_scan_runs_over_the_sequence(length: int):
 
     a = -numbers(4, 3, seed=3).abs()
     assert_same(scan, *inputs(2, 5), others=[inputs(3, length)], weights=[a])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_scan_with_heads_runs_over_the_sequence(groups: int):
+    def scan(a: Tensor, x: Tensor, delta: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return lam.head_scan(x, delta, a, b, c)
+
+    def inputs(batch: int, steps: int) -> list[Tensor]:
+        b, c = (numbers(batch, steps, groups, 5, seed=seed) for seed in (1, 2))
+        return [numbers(batch, steps, 4, 3), numbers(batch, steps, 4, seed=3).abs(), b, c]
+
+    a = -numbers(4, seed=4).abs()
+    dynamic = {name: [0, 1] for name in "xyzu"}
+    assert_same(scan, *inputs(2, 6), others=[inputs(3, 1)], weights=[a], dynamic=dynamic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -53,6 +54,13 @@ CASES = {
         -drawn(3, 4, seed=2).abs(),
         drawn(2, 4, 5, seed=3),
         drawn(2, 4, 5, seed=4),
+    ),
+    "head_scan": (
+        drawn(2, 5, 4, 3),
+        drawn(2, 5, 4, seed=1).abs(),
+        -drawn(4, seed=2).abs(),
+        drawn(2, 5, 2, 6, seed=3),
+        drawn(2, 5, 2, 6, seed=4),
     ),
     "grouped_linear": (drawn(7, 4), drawn(3, 5, 4, seed=1), torch.tensor([2, 2, 6])),
 }
@@ -189,6 +197,23 @@ def test_selective_scan_is_its_recurrence() -> None:
     torch.testing.assert_close(
         lam.selective_scan(x, delta, a, b, c), expected, rtol=1e-12, atol=1e-12
     )
+
+
+def test_head_scan_is_its_recurrence() -> None:
+    x, delta, a, b, c = CASES["head_scan"]
+    batch, sequence, heads, width = x.shape
+    expected = torch.zeros_like(x)
+    for n, head, row in itertools.product(range(batch), range(heads), range(width)):
+        state, group = [0.0] * b.shape[3], head // (heads // b.shape[2])
+        for t in range(sequence):
+            step = float(delta[n, t, head])
+            for s in range(len(state)):
+                kept = math.exp(step * float(a[head])) * state[s]
+                state[s] = kept + step * float(b[n, t, group, s]) * float(x[n, t, head, row])
+            read = (state[s] * float(c[n, t, group, s]) for s in range(len(state)))
+            expected[n, t, head, row] = sum(read)
+    # Sums of a few float64.
+    torch.testing.assert_close(lam.head_scan(x, delta, a, b, c), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_grouped_linear_gives_every_row_to_its_expert() -> None:

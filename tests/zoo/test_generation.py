@@ -17,9 +17,10 @@ from tests.zoo.shorter import without_layers, without_sublayer
 
 DECODERS = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "opt", "mixtral"),
-    *("qwen3_moe", "mamba"),
+    *("qwen3_moe", "mamba", "mamba2"),
 )
 SEQ2SEQ = ("t5", "bart", "whisper")
+RECURRENT = ("mamba", "mamba2")
 BACKENDS = ("eager", "onnxruntime")
 NEW = 64
 
@@ -77,7 +78,7 @@ def assert_same(got: Any, wanted: Any) -> None:
 def test_greedy_tokens_are_those_of_transformers(name, backend):
     model, executable = language_model(name), compiled(name, backend)
     cases = [prompts(name, 1, length, padded=False) for length in (4, 7, 11)]
-    cases.append(prompts(name, 4, 9, padded=name != "mamba"))
+    cases.append(prompts(name, 4, 9, padded=name not in RECURRENT))
     assert_generates_alike(name, executable, model, cases)
 
 
@@ -89,7 +90,7 @@ def test_a_model_without_a_block_generates_what_transformers_does_without_its_la
     layers = (1, 1) if name in SEQ2SEQ else (0,)
     edit = "drop-blocks blocks=1,4" if name in SEQ2SEQ else "drop-blocks blocks=0"
     executable = shortened(name, edit, backend)
-    cases = [prompts(name, 1, 7, padded=False), prompts(name, 4, 9, padded=name != "mamba")]
+    cases = [prompts(name, 1, 7, padded=False), prompts(name, 4, 9, padded=name not in RECURRENT)]
     assert_generates_alike(name, executable, without_layers(language_model(name), layers), cases)
 
 

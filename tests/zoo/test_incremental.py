@@ -22,7 +22,7 @@ from lamella.rewrite.incremental import Incremental, incremental
 
 DECODERS = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "opt", "mixtral"),
-    *("qwen3_moe", "mamba"),
+    *("qwen3_moe", "mamba", "mamba2"),
 )
 SEQ2SEQ = ("t5", "bart", "whisper")
 CHUNKS = (5, 1, 2, 1, 3)

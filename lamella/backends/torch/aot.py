@@ -40,7 +40,11 @@ PACKAGE = "compiled.pt2"
 logger = logging.getLogger(__name__)
 
 _KEPT = frozenset(
-    {torch.ops.lamella.selective_scan.default, torch.ops.lamella.grouped_linear.default}
+    {
+        torch.ops.lamella.selective_scan.default,
+        torch.ops.lamella.head_scan.default,
+        torch.ops.lamella.grouped_linear.default,
+    }
 )
 """Operators that are called, not traced: their loops depend on the data or the length."""
 

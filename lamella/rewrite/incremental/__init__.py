@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -20,6 +21,7 @@ from lamella.rewrite.incremental.states import (
     continue_scan,
     convolutions_of,
     scans_of,
+    state_shape,
 )
 
 lam = torch.ops.lamella
@@ -103,18 +105,24 @@ def _add_slot(
     builder: Builder, places: _Places, layer: int, one: Site | Convolution | Node
 ) -> None:
     if isinstance(one, Site):
-        key = builder.new_slot(layer, "key", one.key.meta["val"])
-        value = builder.new_slot(layer, "value", one.value.meta["val"])
+        key = builder.new_slot(layer, "key", *_growing(builder, one.key))
+        value = builder.new_slot(layer, "value", *_growing(builder, one.value))
         places.attentions.append((one, (key, value)))
     elif isinstance(one, Convolution):
         like = ops.bind(one.node)["input"].meta["val"]
-        past = builder.new_slot(layer, "convolution", like, one.kept)
+        shape = [*like.shape[:2], one.kept]
+        past = builder.new_slot(layer, "convolution", shape, like.dtype)
         places.convolutions.append((one, past))
     else:
-        bound = ops.bind(one)
-        states = int(bound["a"].meta["val"].shape[1])
-        past = builder.new_slot(layer, "scan", bound["input"].meta["val"], states)
+        dtype = ops.bind(one)["input"].meta["val"].dtype
+        past = builder.new_slot(layer, "scan", state_shape(one), dtype)
         places.scans.append((one, past))
+
+
+def _growing(builder: Builder, rows: Node) -> tuple[list[Any], torch.dtype]:
+    """Shape and dtype of the past of keys or values."""
+    value = rows.meta["val"]
+    return [*value.shape[:2], builder.past, value.shape[3]], value.dtype
 
 
 def _continue_attention(builder: Builder, site: Site, past: tuple[Node, Node]) -> None:

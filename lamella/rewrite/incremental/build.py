@@ -13,6 +13,7 @@ dropped has no slot, and the numbering has no gap.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,24 +87,22 @@ class Builder:
         """The role of a node that was added."""
         self.roles[node] = role
 
-    def new_slot(self, layer: int, kind: str, like: Tensor, size: int | None = None) -> Node:
-        """The input of a slot that holds rows of `like`; its output is set later.
+    def new_slot(self, layer: int, kind: str, shape: Sequence[Any], dtype: torch.dtype) -> Node:
+        """The input of a slot; its output is set later.
 
         Args:
             layer: Number of the layer.
             kind: See `Slot.kind`.
-            like: The fake value of the new rows.
-            size: The last size, for a slot that doesn't grow.
+            shape: All sizes, the batch first; `past` where it grows.
+            dtype: Of the entries.
         """
-        shape: list[Any] = list(like.shape)
-        shape[2] = self.past if size is None else size
         with self.graph.fake_mode():
-            value = torch.empty(shape, dtype=like.dtype)
+            value = torch.empty(list(shape), dtype=dtype)
         name = f"past_key_values.{layer}.{kind}"
         node = self.graph.add_input(name.replace(".", "_"), value)
-        sizes = tuple(-1 if size is None and i == 1 else int(s) for i, s in enumerate(shape[1:]))
-        dtype = str(like.dtype).removeprefix("torch.")
-        slot = Slot(layer, kind, name, f"present.{layer}.{kind}", sizes, dtype)  # pyright: ignore[reportArgumentType]
+        sizes = tuple(-1 if size is self.past else int(size) for size in shape[1:])
+        label = str(dtype).removeprefix("torch.")
+        slot = Slot(layer, kind, name, f"present.{layer}.{kind}", sizes, label)  # pyright: ignore[reportArgumentType]
         self.slots.append((slot, node, None))
         return node
 

@@ -7,6 +7,7 @@ token, so the cut is moved up to where the positions are made.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,6 +184,57 @@ def _matmul(rows: Rows, node: Node, axis: int, counted: bool) -> Node | None:
     return None
 
 
+def _repeat_interleave(rows: Rows, node: Node, axis: int, counted: bool) -> Node | None:
+    bound, rank = ops.bind(node), len(shape_of(node))
+    if bound["dim"] is None or bound["dim"] % rank == axis:
+        return None
+    source = rows.of(bound["self"], axis, counted=counted)
+    return rows.again(node, source, *node.args[1:], **node.kwargs)
+
+
+def _slice(rows: Rows, node: Node, axis: int, counted: bool) -> Node | None:
+    if ops.bind(node)["dim"] % len(shape_of(node)) == axis:
+        return None
+    source = rows.of(_source(node), axis, counted=counted)
+    return rows.again(node, source, *node.args[1:], **node.kwargs)
+
+
+def _piece(rows: Rows, node: Node, axis: int, counted: bool) -> Node | None:
+    """One piece of a split along another axis."""
+    split, place = node.args
+    if not isinstance(split, Node) or split.target is not aten.split_with_sizes.default:
+        return None
+    bound = ops.bind(split)
+    if bound["dim"] % len(shape_of(node)) == axis:
+        return None
+    cut = rows.of(bound["self"], axis, counted=counted)
+    pieces = rows.again(split, cut, bound["split_sizes"], bound["dim"])
+    return rows.graph.call(operator.getitem, pieces, place, after=pieces)
+
+
+def _gather(rows: Rows, node: Node, axis: int, counted: bool) -> Node | None:
+    """Rows of a table: those that the new tokens ask for."""
+    bound, rank = ops.bind(node), len(shape_of(node))
+    index, table = bound["index"], bound["self"]
+    if bound["dim"] % rank != axis or rows.whole(shape_of(table)[axis]):
+        return None
+    cut = rows.of(index, axis, counted=counted)
+    return rows.again(node, _as_many(rows, node, cut, axis), bound["dim"], cut)
+
+
+def _as_many(rows: Rows, node: Node, index: Node, axis: int) -> Node:
+    """The table of `node` for as many samples as `index` has: positions are those of each."""
+    table = _source(node)
+    pairs = list(zip(shape_of(table), shape_of(index), strict=True))
+    wider = [i for i, (one, two) in enumerate(pairs) if i != axis and one == 1 and two != 1]
+    if not wider:
+        return table
+    sizes: list[Any] = [-1] * len(pairs)
+    for place in wider:
+        sizes[place] = rows.graph.call(aten.sym_size.int, index, place, before=node)
+    return rows.graph.call(aten.expand.default, table, sizes, before=node)
+
+
 def _source(node: Node) -> Node:
     source = node.args[0]
     assert isinstance(source, Node)
@@ -198,6 +250,10 @@ _MOVES: dict[Any, _Move] = {
     aten.transpose.int: _transpose,
     aten.expand.default: _expand,
     aten.repeat.default: _repeat,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.slice.Tensor: _slice,
+    operator.getitem: _piece,
+    aten.gather.default: _gather,
     aten.full.default: _full,
     aten.embedding.default: _embedding,
     aten.index.Tensor: _index,

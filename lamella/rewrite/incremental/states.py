@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -17,6 +20,14 @@ from lamella.rewrite.incremental.roles import Role
 aten = torch.ops.aten
 lam = torch.ops.lamella
 _END = 2**63 - 1
+
+_CACHED: Mapping[Any, Any] = MappingProxyType(
+    {
+        lam.selective_scan.default: lam.cached_selective_scan.default,
+        lam.head_scan.default: lam.cached_head_scan.default,
+    }
+)
+"""Recurrence from zeros -> the same from a state."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +82,18 @@ def _keeps_first(builder: Builder, node: Node) -> bool:
 
 
 def scans_of(builder: Builder) -> list[Node]:
-    """The recurrences on new tokens, in order."""
-    scans = builder.graph.find(lam.selective_scan.default)
+    """The recurrences on new tokens."""
+    scans = [node for target in _CACHED for node in builder.graph.find(target)]
     return [node for node in scans if builder.roles.get(node) is Role.NEW]
+
+
+def state_shape(scan: Node) -> list[Any]:
+    """The sizes of the state of a recurrence, with the batch."""
+    bound = ops.bind(scan)
+    batch, *inner = bound["input"].meta["val"].shape
+    if scan.target is lam.head_scan.default:
+        return [batch, *inner[1:], int(bound["b"].meta["val"].shape[3])]
+    return [batch, inner[0], int(bound["a"].meta["val"].shape[1])]
 
 
 def continue_convolution(builder: Builder, found: Convolution, past: Node) -> None:
@@ -98,8 +118,6 @@ def continue_scan(builder: Builder, node: Node, past: Node) -> None:
     """Let a recurrence start from the state after the past."""
     graph, bound = builder.graph, ops.bind(node)
     names = ("input", "delta", "a", "b", "c")
-    both = graph.call(
-        lam.cached_selective_scan.default, *(bound[n] for n in names), past, before=node
-    )
+    both = graph.call(_CACHED[node.target], *(bound[n] for n in names), past, before=node)
     graph.replace(node, graph.call(operator.getitem, both, 0, before=node))
     builder.set_output(past, graph.call(operator.getitem, both, 1, after=both))

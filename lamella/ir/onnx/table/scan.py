@@ -1,12 +1,14 @@
-"""Scans: only the recurrence of a selective state-space layer.
+"""Scans: only the recurrences of selective state-space layers.
 
-A scan runs a graph once for each step of a sequence. The one that is known is
-``state = exp(delta a) state + (delta x) b`` and ``y = <c, state>``.
+A scan runs a graph once for each step of a sequence. The two that are known are
+``state = exp(delta a) state + (delta x) b`` and ``y = <c, state>``, with one decay for each
+entry of the state and with one for each head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -25,6 +27,31 @@ _DECAY = ("Exp", ("Mul", ("Unsqueeze", "delta"), "a"))
 _UPDATE = ("Mul", ("Unsqueeze", ("Mul", "delta", "x")), ("Unsqueeze", "b"))
 _STATE = ("Add", ("Mul", _DECAY, "state"), _UPDATE)
 _OUTPUT = ("Squeeze", ("MatMul", _STATE, ("Unsqueeze", "c")))
+
+_HEAD_DECAY = ("Unsqueeze", ("Exp", ("Mul", "delta", "a")))
+_HEAD_UPDATE = (
+    "Mul",
+    ("Unsqueeze", ("Mul", ("Unsqueeze", "delta"), "x")),
+    ("Unsqueeze", "b"),
+)
+_HEAD_STATE = ("Add", ("Mul", _HEAD_DECAY, "state"), _HEAD_UPDATE)
+_HEAD_OUTPUT = ("Squeeze", ("MatMul", _HEAD_STATE, ("Unsqueeze", "c")))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A recurrence: its operator, how one step computes it, and the axis of the sequence."""
+
+    target: Any
+    state: Pattern
+    output: Pattern
+    axis: int
+
+
+_KNOWN = (
+    _Kind(lam.selective_scan.default, _STATE, _OUTPUT, 2),
+    _Kind(lam.head_scan.default, _HEAD_STATE, _HEAD_OUTPUT, 1),
+)
 
 _COMMUTE = frozenset({"Add", "Mul"})
 
@@ -48,9 +75,10 @@ def build_scan(
     Raises:
         CaptureError: It is another scan.
     """
-    bound = _bindings(attributes)
-    if bound is None:
+    known = next(((k, b) for k in _KNOWN if (b := _bindings(attributes, k)) is not None), None)
+    if known is None:
         raise CaptureError(f"{label}: only the recurrence of a state-space layer can be read")
+    kind, bound = known
     body = attributes["body"].as_graph()
     given = dict(zip(body.inputs, inputs, strict=True))
     values = {name: given.get(value, outer.get(value)) for name, value in bound.items()}
@@ -58,21 +86,22 @@ def build_scan(
     if missing or not _is_zero(g, start):
         raise CaptureError(f"{label}: a scan from a state other than zero can't be read")
     parts = (values[name] for name in ("x", "delta", "a", "b", "c"))
-    return None, g.call(lam.selective_scan.default, *parts)
+    return None, g.call(kind.target, *parts)
 
 
-def _bindings(attributes: Mapping[str, ir.Attr]) -> dict[str, ir.Value] | None:
-    """The values of one step by their names in the recurrence, if it is that."""
+def _bindings(attributes: Mapping[str, ir.Attr], kind: _Kind) -> dict[str, ir.Value] | None:
+    """The values of one step by their names in the recurrence, if it is `kind`."""
     body = attributes["body"].as_graph()
     axes = attributes.get("scan_input_axes")
     out = attributes.get("scan_output_axes")
     directed = "scan_input_directions" in attributes or "scan_output_directions" in attributes
     if directed or axes is None or out is None or len(body.outputs) != 2 or len(body.inputs) != 5:
         return None
-    if set(axes.as_ints()) != {2} or list(out.as_ints()) != [2]:
+    if set(axes.as_ints()) != {kind.axis} or list(out.as_ints()) != [kind.axis]:
         return None
     bound: dict[str, ir.Value] = {}
-    fits = _matches(body.outputs[0], _STATE, bound) and _matches(body.outputs[1], _OUTPUT, bound)
+    state, output = body.outputs
+    fits = _matches(state, kind.state, bound) and _matches(output, kind.output, bound)
     return bound if fits and bound["state"] is body.inputs[0] else None
 
 
