@@ -90,20 +90,25 @@ def transform(
     return job.edit(Source(graph), samples)
 
 
-def lower(graph: Graph, backend: str | Backend = "onnxruntime") -> Executable:
+def lower(
+    graph: Graph, backend: str | Backend = "onnxruntime", *, strict: bool = False
+) -> Executable:
     """Turn a graph into an executable with the signature of the model.
 
     Args:
         graph: From `capture`.
         backend: ``"onnxruntime"``, ``"eager"``, ``"aot"``, one of a plugin, or an object.
+        strict: Make it an error when a language model can't be lowered with its cache, and so
+            could not generate.
 
     Raises:
         BackendError: There is no such backend, something it needs is missing, or it can't run
             some operators (all are listed).
+        IncrementalError: With `strict`, see there.
     """
     lowering = find_backend(backend)
     lowering.ensure_available()
-    return generation.lower_any(graph, lowering)
+    return generation.lower_any(graph, lowering, strict=strict)
 
 
 def compile(  # noqa: PLR0913  (the public signature)
@@ -127,7 +132,7 @@ def compile(  # noqa: PLR0913  (the public signature)
         samples: As for `transform`; texts when `model` is a folder with a tokenizer.
         backend: As for `lower`.
         max_loss: As for `transform`.
-        strict: As for `transform`.
+        strict: As for `transform` and `lower`.
 
     Raises:
         LamellaError: See `capture`, `transform` and `lower`.
@@ -215,7 +220,7 @@ class Compilation:
             self.stage("measuring latency")
             report = report.extended(latency=self.latency.measured(lowering))
         self.stage(f"lowering to {lowering.name}")
-        executable = generation.lower_any(source.graph, lowering, report)
+        executable = generation.lower_any(source.graph, lowering, report, strict=self.strict)
         executable.recipe = recipe_of(self.passes)
         if isinstance(executable, generation.GenerativeExecutable):
             executable.tokenizer = source.tokenizer
@@ -259,13 +264,7 @@ def _no_executable(artifact: Artifact) -> Executable:
 
 def _loader(name: str) -> Callable[[Artifact], Executable]:
     # The backend is imported when an artifact asks for it, not for every one there is.
-    return lambda artifact: _loaded(artifact, find_backend(name))
-
-
-def _loaded(artifact: Artifact, backend: Backend) -> Executable:
-    if generation.is_generative(artifact):
-        return generation.load(artifact, backend)
-    return backend.load(artifact)
+    return lambda artifact: generation.load_any(artifact, find_backend(name))
 
 
 def read(model: Model, inputs: Inputs | None = None, *, dynamic: bool = True) -> Source:

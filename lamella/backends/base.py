@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lamella.report import Report
 
 
+NO_LANGUAGE_MODEL = "only a language model of transformers generates"
+"""Why most executables don't generate."""
+
+
 class Executable(abc.ABC):
     """A model that was lowered: callable like the model, with tensors in and out.
 
@@ -30,6 +34,7 @@ class Executable(abc.ABC):
         inputs: Dtype and shape of each flat input; saved in the manifest.
         report: What the compilation did, or None when the graph was lowered on its own.
         recipe: The passes as data (anything JSON can hold), written into the manifest.
+        no_generate: Why it can't generate, if it can't; saved and loaded with it.
     """
 
     backend: ClassVar[str]
@@ -45,7 +50,7 @@ class Executable(abc.ABC):
         self.inputs = tuple(inputs)
         self.report = report
         self.recipe: Any = None
-        self.no_generate = "only a language model of transformers generates"
+        self.no_generate = NO_LANGUAGE_MODEL
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run as the model is called; the result has the model's output type.
@@ -122,7 +127,13 @@ class Executable(abc.ABC):
             recipe=self.recipe,
             report=None if self.report is None else self.report.to_json(),
         )
-        save_artifact(Path(folder), description, self.write_files, self.file_bytes)
+        save_artifact(Path(folder), description, self._write, self.file_bytes)
+
+    def _write(self, folder: Path) -> Mapping[str, Any]:
+        """Write the files; what the manifest says of them, and why this can't generate."""
+        details = self.write_files(folder)
+        told = self.no_generate != NO_LANGUAGE_MODEL
+        return {**details, "no_generate": self.no_generate} if told else details
 
 
 class Backend(abc.ABC):

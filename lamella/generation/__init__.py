@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 from lamella.backends.artifact import Artifact, Description
-from lamella.backends.base import Backend, Executable
+from lamella.backends.base import NO_LANGUAGE_MODEL, Backend, Executable
 from lamella.backends.inputs import specs_from_json, specs_of
 from lamella.errors import ArtifactError, GenerationError, IncrementalError
 from lamella.generation.families import class_for
@@ -26,7 +27,17 @@ from lamella.report import Report
 from lamella.rewrite.incremental import incremental
 from lamella.rewrite.incremental.check import check_steps
 
-__all__ = ["GenerativeExecutable", "can_generate", "is_generative", "load", "lower", "lower_any"]
+_log = logging.getLogger(__name__)
+
+__all__ = [
+    "GenerativeExecutable",
+    "can_generate",
+    "is_generative",
+    "load",
+    "load_any",
+    "lower",
+    "lower_any",
+]
 
 
 def can_generate(graph: Graph) -> bool:
@@ -122,19 +133,42 @@ def _part(artifact: Artifact, name: str, part: Any) -> Artifact:
     return replace(artifact, folder=artifact.folder / name, description=description, files=files)
 
 
-def lower_any(graph: Graph, backend: Backend, report: Report | None = None) -> Executable:
+def lower_any(
+    graph: Graph, backend: Backend, report: Report | None = None, *, strict: bool = False
+) -> Executable:
     """With its cache what generates, as it is what doesn't.
 
-    A language model whose graph can't continue from a cache is lowered without; the report, and
-    `generate` itself, say why.
+    A language model whose graph can't continue from a cache is lowered without; the report, the
+    log and `generate` itself say why.
+
+    Raises:
+        IncrementalError: With `strict`, instead.
     """
     if not can_generate(graph):
         return backend.lower(graph, report)
     try:
         return lower(graph, backend, report)
     except IncrementalError as error:
+        if strict:
+            error.add_note("strict: without its cache the model could be called, not generate")
+            raise
         reason = f"no cache, so no generate: {error}"
-        told = None if report is None else report.extended(remarks=(reason,))
+        _log.warning("%s: %s", graph.origin.architecture, reason)
+        told = (report or Report()).extended(remarks=(reason,))
         executable = backend.lower(graph, told)
         executable.no_generate = reason
         return executable
+
+
+def load_any(artifact: Artifact, backend: Backend) -> Executable:
+    """What `lower_any` made, from a folder whose digests were checked.
+
+    Raises:
+        ArtifactError: The manifest is malformed.
+    """
+    if is_generative(artifact):
+        return load(artifact, backend)
+    executable = backend.load(artifact)
+    reason = artifact.description.details.get("no_generate", NO_LANGUAGE_MODEL)
+    executable.no_generate = str(reason)
+    return executable

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lamella
-from lamella.errors import ArtifactError, GenerationError
+from lamella.errors import ArtifactError, GenerationError, IncrementalError
 from lamella.generation import GenerativeExecutable
 
 VOCABULARY = 280
@@ -212,3 +212,36 @@ def test_a_model_that_does_not_generate_says_so():
     executable = lamella.compile(module, (torch.zeros(2, 3),), passes=[], backend="eager")
     with pytest.raises(GenerationError, match="only a language model"):
         executable.generate()
+
+
+@pytest.fixture(scope="module")
+def bloom() -> lamella.Graph:
+    """A language model whose attention nothing raises to one operator, so it gets no cache."""
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, use_cache=False
+    )
+    ids = torch.arange(4, 18).reshape(2, 7)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return lamella.capture(transformers.BloomForCausalLM(config).eval(), given)
+
+
+def test_a_language_model_without_a_cache_is_an_error_when_strict(bloom):
+    with pytest.raises(IncrementalError, match="mixes tokens") as caught:
+        lamella.lower(bloom, "eager", strict=True)
+    assert any("strict" in note for note in caught.value.__notes__)
+    with pytest.raises(IncrementalError, match="mixes tokens"):
+        lamella.compile(bloom, passes=[], backend="eager", strict=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+def test_saved_and_loaded_it_still_knows_why_it_does_not_generate(bloom, backend, tmp_path, caplog):
+    executable = lamella.lower(bloom, backend)
+    assert "no cache, so no generate" in caplog.text
+    assert any("no cache" in remark for remark in executable.report.remarks)
+    executable.save(tmp_path / "out")
+    loaded = lamella.load(tmp_path / "out")
+    assert loaded.report == executable.report
+    for one in (executable, loaded):
+        with pytest.raises(GenerationError, match="some operation mixes tokens"):
+            one.generate()
