@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,8 @@ from lamella.passes.probes import check_samples
 from lamella.recipe import parse_analysis, parse_passes, recipe_of
 from lamella.report import Report
 from lamella.rewrite.canonicalize import canonicalize
+from lamella.tuning.measured import latencies
+from lamella.tuning.tuner import Tuner, Tuning
 
 R = TypeVar("R")
 
@@ -70,6 +73,7 @@ def transform(
     samples: SampleSource | None = None,
     max_loss: float | None = None,
     strict: bool = False,
+    store: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Edit a graph by passes, each of them checked; on any error the graph stays as it was.
 
@@ -80,13 +84,16 @@ def transform(
         max_loss: Stop when the outputs are farther from the original than this (KL divergence
             in nats for logits, one minus cosine for embeddings).
         strict: Make it an error when a pass skips something.
+        store: Folder for measured times of kernels, which passes with a budget in milliseconds
+            ask for; None means one in the cache of the user.
 
     Raises:
         RecipeError: A pass or an option does not exist.
         SamplesError: The samples don't fit the graph.
         PassError: A pass failed, broke its promise, or cost more than `max_loss`.
     """
-    job = Compilation(parse_passes(passes), max_loss=max_loss, strict=strict)
+    place = None if store is None else Path(store)
+    job = Compilation(parse_passes(passes), max_loss=max_loss, strict=strict, store=place)
     return job.edit(Source(graph), samples)
 
 
@@ -120,6 +127,7 @@ def compile(  # noqa: PLR0913  (the public signature)
     backend: str | Backend = "onnxruntime",
     max_loss: float | None = None,
     strict: bool = False,
+    store: str | os.PathLike[str] | None = None,
 ) -> Executable:
     """Capture a model, edit it by passes and lower it: `capture`, `transform`, `lower` in one.
 
@@ -133,11 +141,14 @@ def compile(  # noqa: PLR0913  (the public signature)
         backend: As for `lower`.
         max_loss: As for `transform`.
         strict: As for `transform` and `lower`.
+        store: As for `transform`.
 
     Raises:
         LamellaError: See `capture`, `transform` and `lower`.
     """
-    job = Compilation(parse_passes(passes), backend, max_loss=max_loss, strict=strict)
+    place = None if store is None else Path(store)
+    parsed = parse_passes(passes)
+    job = Compilation(parsed, backend, max_loss=max_loss, strict=strict, store=place)
     return job.run(model, inputs, samples)
 
 
@@ -146,6 +157,8 @@ def analyze(
     analysis: Analysis[R] | str | Mapping[str, Any],
     *,
     samples: SampleSource | None = None,
+    backend: str | Backend = "onnxruntime",
+    store: str | os.PathLike[str] | None = None,
 ) -> R | Any:
     """The report of one analysis, for example ``analyze(model, Cost())`` or ``"cost"``.
 
@@ -154,6 +167,8 @@ def analyze(
             first, because it needs inputs.
         analysis: An object, or its spelling.
         samples: Calibration inputs, for an analysis that needs data.
+        backend: What the model will run on, for an analysis that asks for measured times.
+        store: As for `transform`.
 
     Raises:
         RecipeError: There is no such analysis.
@@ -162,7 +177,10 @@ def analyze(
     question = parse_analysis(analysis)
     source = read(model_or_graph)
     data = samples_for(source, samples)
-    return Analyses(source.graph, data).get(question)
+    analyses = Analyses(source.graph, data)
+    place = None if store is None else Path(store)
+    analyses.times = Tuner(lambda: find_backend(backend), place)
+    return analyses.get(question)
 
 
 def load(folder: str | os.PathLike[str]) -> Executable:
@@ -189,6 +207,7 @@ class Compilation:
         latency: Measures the time of a call after every pass; None measures nothing.
         stage: Is told what begins: ``"reading the model"``, ``""`` before the passes, ….
         edited: Is given the model after the passes, before it is lowered.
+        store: Folder for measured times of kernels; None means one in the cache of the user.
     """
 
     passes: tuple[Transform, ...]
@@ -199,6 +218,12 @@ class Compilation:
     latency: Snapshots | None = None
     stage: Callable[[str], object] = str
     edited: Callable[[Source], object] = id
+    store: Path | None = None
+
+    @cached_property
+    def tuner(self) -> Tuner:
+        """Measures kernels when a pass asks for their times, and only then."""
+        return Tuner(lambda: find_backend(self.backend), self.store)
 
     def run(
         self,
@@ -221,6 +246,7 @@ class Compilation:
             report = report.extended(latency=self.latency.measured(lowering))
         self.stage(f"lowering to {lowering.name}")
         executable = generation.lower_any(source.graph, lowering, report, strict=self.strict)
+        self._add_latencies(executable, source.graph)
         executable.recipe = recipe_of(self.passes)
         if isinstance(executable, generation.GenerativeExecutable):
             executable.tokenizer = source.tokenizer
@@ -230,16 +256,25 @@ class Compilation:
     def edit(self, source: Source, samples: SampleSource | None = None) -> Report:
         """Run the passes on the graph of `source`."""
         check_weights(source.graph)
+        own = (Tuning(self.tuner), *([self.latency] if self.latency else ()))
         report = run_passes(
             source.graph,
             self.passes,
             samples=samples_for(source, samples),
             max_loss=self.max_loss,
             strict=self.strict,
-            instruments=(*self.instruments, *([self.latency] if self.latency else ())),
+            instruments=(*self.instruments, *own),
         )
         self.edited(source)
         return report
+
+    def _add_latencies(self, executable: Executable, graph: Graph) -> None:
+        """What was predicted for calls that passes asked about, and what they take."""
+        if executable.report is not None and self.tuner.workloads:
+            self.stage("measuring latency")
+            found = tuple(latencies(executable, graph, self.tuner))
+            told = (*self.tuner.take_notes(), *self.tuner.take_problems())
+            executable.report = executable.report.extended(latency=found, remarks=told)
 
 
 def find_backend(backend: str | Backend) -> Backend:

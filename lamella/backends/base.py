@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -68,6 +68,14 @@ class Executable(abc.ABC):
         Raises:
             SamplesError: An input is of another dtype or shape than the model takes.
         """
+
+    def repeated(self, values: Sequence[Any]) -> Callable[[], object]:
+        """A call on the same flat inputs again and again, as cheap as it gets: for timing.
+
+        Raises:
+            SamplesError: An input is of another dtype or shape than the model takes.
+        """
+        return lambda: self.run(values)
 
     def generate(self, *_: Any, **__: Any) -> Any:
         """Text from a prompt: what language models do, see `GenerativeExecutable`.

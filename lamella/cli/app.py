@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lamella
-from lamella.cli import bench, bisect, compile, generate, inspect, passes
+from lamella.cli import bench, bisect, compile, generate, inspect, passes, tune
 from lamella.cli.console import out, settings, show_warnings
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("generate")(generate.generate_text)
 app.command("inspect")(inspect.inspect_model)
 app.command("passes")(passes.list_passes)
 app.command("bench")(bench.bench_artifacts)
+app.command("tune")(tune.tune_model)
 app.command("bisect")(bisect.bisect_recipe)
 
 

@@ -30,6 +30,10 @@ _LatencyOption = Annotated[
     typer.Option(help="Time the model after every pass, with this batch x sequence: 1x128."),
 ]
 
+_StoreOption = Annotated[
+    Path | None, typer.Option(help="Folder for measured times; default: in the user's cache.")
+]
+
 
 @errors_in_one_line()
 def compile_model(  # noqa: PLR0913  (one parameter per option)
@@ -58,6 +62,7 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
     max_loss: _MaxLossOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="Skipping a layer is an error.")] = False,
     latency: _LatencyOption = None,
+    store: _StoreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile a model: edit it by passes and save something smaller and faster."""
@@ -76,6 +81,7 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
             latency=timed,
             stage=stage,
             edited=writer.write,
+            store=store,
         )
         report = _run(job, model, folder, texts)
     _show(report, folder, writer.reports, as_json)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lamella.ir import ops
     from lamella.passes import bisect, instruments, options
     from lamella.passes.analyses import cost
+    from lamella.tuning import machine, survey, tuner
 else:
 
     class _Lazy:
@@ -32,12 +33,15 @@ else:
     inputs = _Lazy("lamella.backends.inputs")
     instruments = _Lazy("lamella.passes.instruments")
     ops = _Lazy("lamella.ir.ops")
+    machine = _Lazy("lamella.tuning.machine")
     options = _Lazy("lamella.passes.options")
     plugins = _Lazy("lamella.plugins")
     recipe = _Lazy("lamella.recipe")
     sample_files = _Lazy("lamella.sample_files")
     save = _Lazy("lamella.checkpoints.save")
+    survey = _Lazy("lamella.tuning.survey")
     transformers = _Lazy("transformers")
+    tuner = _Lazy("lamella.tuning.tuner")
 
 __all__ = [
     "api",
@@ -46,11 +50,14 @@ __all__ = [
     "cost",
     "inputs",
     "instruments",
+    "machine",
     "ops",
     "options",
     "plugins",
     "recipe",
     "sample_files",
     "save",
+    "survey",
     "transformers",
+    "tuner",
 ]

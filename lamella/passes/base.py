@@ -18,6 +18,7 @@ from lamella.errors import PassError, SamplesError
 from lamella.ir.graph import Graph
 from lamella.ir.runner import Progress, Request, run_requests
 from lamella.passes.options import Option, described, spelling_of
+from lamella.passes.times import Times
 
 R = TypeVar("R")
 
@@ -99,6 +100,7 @@ class Analyses:
         samples: Calibration inputs, or None.
         strict: Whether a fallback is an error instead of a remark.
         progress: Told how much of a run of the samples is done, or None.
+        times: Who knows what kernels take, or None.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Analyses:
         self.samples = samples
         self.strict = strict
         self.progress: Progress | None = None
+        self.times: Times | None = None
         self._results: dict[Analysis[Any], Any] = {}
         self._statistics: dict[Request, Tensor] = {}
         self._state = graph.edits

@@ -10,6 +10,7 @@ from typing import Any
 
 from lamella.passes.analyses.branch_similarity import BranchSimilarity
 from lamella.passes.analyses.cost import Cost
+from lamella.passes.analyses.latency import Latency
 from lamella.passes.analyses.layer_input_modification import LayerInputModification
 from lamella.passes.analyses.z_score_distribution import ZScoreDistribution
 from lamella.passes.base import Analysis, Transform
@@ -34,6 +35,7 @@ TRANSFORMS: tuple[type[Transform], ...] = (
 
 ANALYSES: tuple[type[Analysis[Any]], ...] = (
     Cost,
+    Latency,
     BranchSimilarity,
     LayerInputModification,
     ZScoreDistribution,

@@ -28,12 +28,14 @@ ALLOWED = {
     "generation": _IR | {"rewrite", "backends"},
     "plugins": _IR | {"rewrite", "rules", "passes", "backends"},
     "latency": _IR | {"passes", "backends"},
+    "tuning": _IR | {"rewrite", "passes", "backends", "generation"},
     "recipe": _IR | {"rewrite", "rules", "passes", "plugins"},
     "api": _IR
     | {"rewrite", "rules", "passes", "backends", "checkpoints", "generation", "plugins"}
-    | {"recipe", "latency"},
+    | {"recipe", "latency", "tuning"},
     "cli": _IR
-    | {"rules", "passes", "backends", "checkpoints", "plugins", "recipe", "api", "__init__"},
+    | {"rules", "passes", "backends", "checkpoints", "plugins", "recipe", "tuning", "api"}
+    | {"__init__"},
 }
 
 # Packages that are optional, or that take seconds to import where few users need them.

@@ -6,25 +6,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lamella.errors import BudgetError, PassError
+from lamella.errors import PassError
 from lamella.ir.graph import Graph
-from lamella.ir.quantize import BITS, SCALE_DTYPES, Format, weight_bytes
+from lamella.ir.quantize import BITS, SCALE_DTYPES, Format
+from lamella.passes.analyses.latency import check_sizes
 from lamella.passes.base import Analyses, Effect, Transform
 from lamella.passes.scores import bit_score
 from lamella.passes.sites import Site, find_sites, tie_groups
+from lamella.passes.times import Workload, needed
 from lamella.passes.transforms.budget import Budget, Model
-from lamella.passes.transforms.knapsack import Option, cheapest, solve
-
-Group = tuple[Site, ...]
+from lamella.passes.transforms.knapsack import Option, solve
+from lamella.passes.transforms.pricing import (
+    Choices,
+    Group,
+    Pricing,
+    bytes_of,
+    check,
+    price_in_bytes,
+    price_in_time,
+)
 
 
 @dataclass(frozen=True)
 class AllocateBits(Transform):
     """Choose a format for every weight: least predicted loss within a budget.
 
-    Solves ``min sum_j s[j, f_j]`` subject to ``sum_j bytes[j, f_j] <= budget`` exactly, as a
+    Solves ``min sum_j s[j, f_j]`` subject to ``sum_j price[j, f_j] <= budget`` exactly, as a
     multiple-choice knapsack; ``s`` is the loss that the score `by` predicts for a group of
-    weights in a format, and bytes are those of the stored codes, scales and zeros. Weights that
+    weights in a format, and prices are bytes of the stored codes, scales and zeros, or for a
+    budget in milliseconds the measured times of the kernels that read the group. Weights that
     a backend merges (queries, keys and values; gate and up) are one group, and so is a head
     that is tied to an embedding. Nothing is rounded yet: the plan is left on the graph
     (``graph.plan``) for `quantize-weights`.
@@ -33,7 +43,14 @@ class AllocateBits(Transform):
         budget: ``4.5`` is bits per weight *including scales and zeros*, averaged over the
             weights that get a format (4 bits in blocks of 32 with float16 scales are 4.5);
             ``30%`` (or 0.3) is a share of the bytes of all weights of the model as it is;
-            ``12MB`` is the bytes of all weights afterwards.
+            ``12MB`` is the bytes of all weights afterwards; ``3.2ms`` is the time of a call, for
+            which kernels are measured on this machine unless their times are known.
+        unit: The unit of a budget that is a plain number: ``ms``, ``MB``, ``bits``, ….
+        rows: With a budget in milliseconds, what the call reads: for a language model with a
+            past the sequences that each read one token, else the tokens of one input; None means
+            1 and 128.
+        past: With a budget in milliseconds, tokens in the cache of a language model, 0 for a
+            prompt; None means 128.
         choices: Widths to choose from: 2, 4, 8, and 32 for leaving a weight as it is.
         by: Name of the score.
         block: Weights that share a scale: 32, 64 or 128.
@@ -56,6 +73,9 @@ class AllocateBits(Transform):
     effect: ClassVar[Effect] = Effect.EXACT
 
     budget: float | str = 4.5
+    unit: str = ""
+    rows: int | None = None
+    past: int | None = None
     choices: tuple[int, ...] = (2, 4, 8)
     by: str = "fisher"
     block: int = 32
@@ -68,7 +88,13 @@ class AllocateBits(Transform):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        Budget.parse(self.budget)
+        in_time = Budget.parse(self.budget, self.unit).unit == "seconds"
+        check_sizes(self.rows, self.past)
+        if not in_time and (self.rows, self.past) != (None, None):
+            raise ValueError(
+                f"rows and past say what a budget in milliseconds is about, got "
+                f"budget={self.budget}"
+            )
         if not self.choices or not set(self.choices) <= set(BITS):
             raise ValueError(
                 f"choices must be among {', '.join(map(str, BITS))}, got {self.choices}"
@@ -89,24 +115,41 @@ class AllocateBits(Transform):
             analyses.remark("no weight can be given a width: lower min_size")
             return
         groups = tie_groups(sites)
-        allowed = [self._allowed(group) for group in groups]
-        budget, model = Budget.parse(self.budget), _model(graph, sites)
-        _check(budget, model, groups, allowed)
+        choices = [(group, self._allowed(group)) for group in groups]
+        pricing = self._pricing(graph, analyses, sites, choices)
+        check(Budget.parse(self.budget, self.unit), pricing, choices)
         losses = analyses.get(bit_score(self.by, self._formats(), seed=self.seed))
         options = [
-            [Option(_loss(losses.losses, group, f), _price(group, f)) for f in formats]
-            for group, formats in zip(groups, allowed, strict=True)
+            [Option(_loss(losses.losses, group, f), pricing.price(group, f)) for f in formats]
+            for group, formats in choices
         ]
-        chosen = solve(options, budget.bytes(model))
+        chosen = solve(options, pricing.room)
         plan = {
             site.weight: formats[index]
-            for group, formats, index in zip(groups, allowed, chosen, strict=True)
+            for (group, formats), index in zip(choices, chosen, strict=True)
             for site in group
         }
         graph.plan = plan
         taken = [row[index] for row, index in zip(options, chosen, strict=True)]
-        for text in (*losses.remarks, *_tell(groups, plan, taken, budget, model, losses.unit)):
+        told = _tell(groups, plan, taken, pricing, _model(graph, sites))
+        for text in (*losses.remarks, f"{told[0]} ({losses.unit})", told[1]):
             analyses.note(text)
+
+    def _pricing(
+        self, graph: Graph, analyses: Analyses, sites: list[Site], choices: Choices
+    ) -> Pricing:
+        """Prices in the unit of the budget; what is measured for them goes into the report."""
+        budget = Budget.parse(self.budget, self.unit)
+        if budget.unit != "seconds":
+            return price_in_bytes(budget, _model(graph, sites))
+        times = needed(analyses.times, "a budget in milliseconds")
+        workload = Workload.of(graph, self.rows, self.past)
+        pricing = price_in_time(budget, graph, choices, times, workload)
+        for text in times.take_notes():
+            analyses.note(text)
+        for text in times.take_problems():
+            analyses.remark(text)
+        return pricing
 
     def _formats(self) -> tuple[Format, ...]:
         dtype = SCALE_DTYPES[self.scales]
@@ -127,10 +170,6 @@ class AllocateBits(Transform):
         return tuple(f for f in formats if f.bits >= floor) or formats[-1:]
 
 
-def _price(group: Group, format: Format) -> int:
-    return sum(weight_bytes(site.shape, format, site.dtype) for site in group)
-
-
 def _loss(losses: Mapping[str, Mapping[Format, float]], group: Group, format: Format) -> float:
     missing = [site.weight for site in group if site.weight not in losses]
     if missing:
@@ -145,41 +184,25 @@ def _model(graph: Graph, sites: list[Site]) -> Model:
     return Model(sum(site.size for site in sites), total - now, total)
 
 
-def _check(
-    budget: Budget, model: Model, groups: tuple[Group, ...], allowed: list[tuple[Format, ...]]
-) -> None:
-    """Refuse a budget that can't be met before anything is scored."""
-    prices = [
-        [Option(0.0, _price(group, f)) for f in formats]
-        for group, formats in zip(groups, allowed, strict=True)
-    ]
-    least = cheapest(prices)
-    if least > budget.bytes(model):
-        raise BudgetError(
-            f"allocate-bits can't meet a budget of {budget}; the smallest that can be met with "
-            f"these choices is {budget.text(least, model)}"
-        )
-
-
 def _tell(
     groups: tuple[Group, ...],
     plan: Mapping[str, Format],
     taken: list[Option],
-    budget: Budget,
+    pricing: Pricing,
     model: Model,
-    unit: str,
 ) -> tuple[str, str]:
     """A sentence about the whole, and a table of the groups."""
     price = sum(option.price for option in taken)
     loss = sum(option.loss for option in taken)
     widths = [plan[group[0].weight].bits for group in groups for _ in group]
     counts = ", ".join(f"{widths.count(bits)} at {bits} bits" for bits in sorted(set(widths)))
+    size = sum(bytes_of(group, plan[group[0].weight]) for group in groups) + model.fixed
     summary = (
-        f"{len(widths)} weights, {counts}: {budget.text(price, model)}, "
-        f"{price + model.fixed} bytes with the rest; predicted loss {loss:.4g} ({unit})"
+        f"{len(widths)} weights, {counts}: {pricing.total(price)}{pricing.rest}, {size} bytes "
+        f"with the rest; predicted loss {loss:.4g}"
     )
     rows = [
-        f"{plan[group[0].weight]}  {option.price:>12} bytes  loss {option.loss:.3g}  "
+        f"{plan[group[0].weight]}  {pricing.one(option.price)}  loss {option.loss:.3g}  "
         f"{', '.join(site.weight for site in group)}"
         for group, option in zip(groups, taken, strict=True)
     ]

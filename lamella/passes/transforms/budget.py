@@ -1,4 +1,4 @@
-"""Size budgets: ``4.5`` bits per weight, ``30%`` of the model, ``12MB``.
+"""Budgets: ``4.5`` bits per weight, ``30%`` of the model, ``12MB``, ``3.2ms`` a call.
 
 A plain number says by its size what it means: no model has less than one bit per weight, and
 none has less than 64 bytes.
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Unit = Literal["bits", "percent", "bytes"]
+from lamella.errors import known_names
+
+Unit = Literal["bits", "percent", "bytes", "seconds"]
 
 _UNITS = ("b", "kb", "mb", "gb")
 _BYTES: Mapping[str, int] = MappingProxyType(
@@ -20,6 +22,10 @@ _BYTES: Mapping[str, int] = MappingProxyType(
     | {f"{unit[0]}ib": 1024**power for power, unit in enumerate(_UNITS) if power}
     | {"bytes": 1}
 )
+_SECONDS: Mapping[str, float] = MappingProxyType({"us": 1e-6, "ms": 1e-3, "s": 1.0})
+UNITS = ("bits", "%", *_BYTES, *_SECONDS)
+"""What the unit of a budget may be called."""
+
 _MOST_BITS = 64
 _SPELLING = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z%]*)\s*", re.IGNORECASE)
 
@@ -41,41 +47,49 @@ class Model:
 
 @dataclass(frozen=True)
 class Budget:
-    """How large weights may be.
+    """How large weights may be, or how long a call may take.
 
     Attributes:
         amount: A number of `unit`.
         unit: ``"bits"`` are bits per entry of the weights that get a format, scales and zeros
             included; ``"percent"`` of the bytes of all weights as they are; ``"bytes"`` of all
-            weights afterwards.
+            weights afterwards; ``"seconds"`` of a call.
     """
 
     amount: float
     unit: Unit
 
     @classmethod
-    def parse(cls, text: str | float) -> Budget:
-        """Read ``4.5``, ``"4.5 bits"``, ``"30%"``, ``"12MB"`` or ``"1.5 GiB"``.
+    def parse(cls, text: str | float, unit: str = "") -> Budget:
+        """Read ``4.5``, ``"4.5 bits"``, ``"30%"``, ``"12MB"``, ``"1.5 GiB"`` or ``"3.2ms"``.
 
         A number without a unit is a share below 1 (0.3 is 30 %), bits per weight up to 64, and
         bytes above.
 
+        Args:
+            text: The budget.
+            unit: The unit of a number that has none.
+
         Raises:
-            ValueError: It is none of these, or not positive.
+            ValueError: It is none of these, not positive, or has two units.
         """
         found = _SPELLING.fullmatch(str(text))
         if found is None or float(found[1]) <= 0:
             raise ValueError(f"{_EXPECTED}, got {str(text)!r}")
-        amount, unit = float(found[1]), found[2].lower()
-        if unit in ("bit", "bits"):
+        if unit and found[2]:
+            raise ValueError(f"a budget has one unit, got {str(text)!r} and unit={unit}")
+        amount, called = float(found[1]), (found[2] or unit).lower()
+        if called in ("bit", "bits"):
             return cls(amount, "bits")
-        if unit == "%":
+        if called == "%":
             return cls(amount, "percent")
-        if unit == "":
+        if called == "":
             return cls._of_number(amount)
-        if unit not in _BYTES:
-            raise ValueError(f"{_EXPECTED}, got {str(text)!r}")
-        return cls(amount * _BYTES[unit], "bytes")
+        if called in _SECONDS:
+            return cls(amount * _SECONDS[called], "seconds")
+        if called in _BYTES:
+            return cls(amount * _BYTES[called], "bytes")
+        raise ValueError(f"{_EXPECTED}, got the unit {called!r}{known_names(called, UNITS)}")
 
     @classmethod
     def _of_number(cls, amount: float) -> Budget:
@@ -90,9 +104,16 @@ class Budget:
         total = self.amount if self.unit == "bytes" else self.amount / 100 * model.bytes
         return int(total) - model.fixed
 
+    @property
+    def seconds(self) -> float:
+        """What a call may take; infinite for a budget of bytes."""
+        return self.amount if self.unit == "seconds" else float("inf")
+
     def __str__(self) -> str:
         if self.unit == "bits":
             return f"{self.amount:g} bits per weight"
+        if self.unit == "seconds":
+            return f"{self.amount * 1e3:g} ms"
         return f"{self.amount:g}%" if self.unit == "percent" else f"{self.amount:.0f} bytes"
 
     def text(self, price: int, model: Model) -> str:
@@ -104,8 +125,14 @@ class Budget:
             return f"{_up(100 * total / max(model.bytes, 1))}%"
         return f"{total} bytes"
 
+    def text_of_seconds(self, seconds: float) -> str:
+        """`seconds` of a call, in the unit of a budget."""
+        return f"{_up(seconds * 1e3)} ms"
 
-_EXPECTED = "a budget is a number of bits per weight (4.5), a share (30%) or a size (12MB)"
+
+_EXPECTED = (
+    "a budget is a number of bits per weight (4.5), a share (30%), a size (12MB) or a time (3ms)"
+)
 
 
 def _up(value: float) -> str:

@@ -1,0 +1,65 @@
+"""What a measured time depends on beside the kernel: the machine and the versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from pathlib import Path
+
+from lamella.backends.onnxruntime.threads import physical_cores
+
+TABLE_VERSION = 1
+"""Of the way kernels are measured; figures of another version are not used."""
+
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_CPU_INFO = Path("/proc/cpuinfo")
+_USUAL_CACHE_BYTES = 32 * 2**20
+_SIZE = re.compile(r"(\d+)([KMG]?)")
+
+
+def machine() -> str:
+    """The processor and how many of its cores this process may use, in words."""
+    cores = physical_cores()
+    return f"{_processor()}, {cores} core{'s' if cores > 1 else ''}"
+
+
+def environment(backend: str, threads: int) -> str:
+    """What figures have to agree in: machine, backend, threads and versions."""
+    versions = ", ".join(f"{name} {version}" for name in _PACKAGES if (version := _version(name)))
+    return f"{machine()}; {backend}, {threads} threads; {versions}; table {TABLE_VERSION}"
+
+
+def cache_bytes() -> int:
+    """Size of the last cache before memory; 32 MiB where the system does not say."""
+    sizes = [_read(path) for path in sorted(_CACHES.glob("index*/size"))]
+    found = [_SIZE.fullmatch(text) for text in sizes]
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(m[1]) * units[m[2]] for m in found if m), default=_USUAL_CACHE_BYTES)
+
+
+def _processor() -> str:
+    """Name, family and model: a name such as "AMD EPYC" alone stands for several generations."""
+    facts: dict[str, str] = {}
+    for line in _read(_CPU_INFO).splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name", platform.processor() or platform.machine())
+    numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
