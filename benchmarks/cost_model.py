@@ -63,12 +63,14 @@ class Point:
 
     Attributes:
         bits: Mean width of its weights.
+        integers: Share of the weights that multiply integers.
         predicted: Seconds.
         measured: Seconds, the median of its turns, corrected by the drift of the reference.
         raw: Seconds, as timed.
     """
 
     bits: float
+    integers: float
     predicted: float
     measured: float
     raw: float
@@ -105,9 +107,22 @@ def table(part: str, points: Sequence[Point]) -> Result:
             f"correlation {rank:.3f}, median error {statistics.median(errors):.1%}, largest "
             f"{max(errors):.1%}"
         ),
-        columns=("mean bits", "predicted ms", "measured ms", "predicted / measured"),
+        columns=(
+            "mean bits",
+            "int8 products",
+            "predicted ms",
+            "measured ms",
+            "predicted / measured",
+        ),
         rows=[
-            (p.bits, p.predicted * 1e3, p.measured * 1e3, p.predicted / p.measured) for p in picked
+            (
+                p.bits,
+                f"{p.integers:.0%}",
+                p.predicted * 1e3,
+                p.measured * 1e3,
+                p.predicted / p.measured,
+            )
+            for p in picked
         ],
         notes=(
             "Some of the plans, in the order of their times; plans hold made-up codes.",
@@ -131,7 +146,7 @@ def measured(part: str, count: int, rounds: int) -> list[Point]:
     expected = lab.predictions()
     sizes = {site.weight: site.size for site in find_sites(graph) if site.role != "embedding"}
     return [
-        Point(_bits(plan, sizes), guess, raw / drift, raw)
+        Point(*_widths(plan, sizes), guess, raw / drift, raw)
         for plan, guess, raw, drift in zip(plans, expected, raws, drifts, strict=True)
     ]
 
@@ -229,9 +244,12 @@ def _fitting(site: Site, choice: Choice) -> Choice:
     return Format(8, 64) if choice == INT8 and site.role == "embedding" else choice
 
 
-def _bits(plan: Plan, sizes: Mapping[str, int]) -> float:
-    width = {name: 8 if isinstance(c, str) else c.bits for name, c in plan.items()}
-    return sum(width[name] * size for name, size in sizes.items()) / sum(sizes.values())
+def _widths(plan: Plan, sizes: Mapping[str, int]) -> tuple[float, float]:
+    """The mean width of the weights in `sizes`, and the share of those that are integers."""
+    widths = {name: 8 if isinstance(c, str) else c.bits for name, c in plan.items()}
+    total = sum(sizes.values())
+    integers = sum(size for name, size in sizes.items() if plan[name] == INT8)
+    return sum(widths[name] * size for name, size in sizes.items()) / total, integers / total
 
 
 if __name__ == "__main__":

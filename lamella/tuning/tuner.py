@@ -214,6 +214,6 @@ def _digest(graph: Graph) -> str:
         for node in graph.nodes
         if node.op == "call_function" and node.target not in _DEPENDS_ON_THE_PLAN
     )
-    layers = sum(node.target in _DEPENDS_ON_THE_PLAN for node in graph.nodes)
+    layers = sum(node.target in _DEPENDS_ON_THE_PLAN - {aten.to.dtype} for node in graph.nodes)
     text = "\n".join(f"{count} {name}" for name, count in sorted(counted.items()))
     return hashlib.sha256(f"{layers} {text}".encode()).hexdigest()[:16]

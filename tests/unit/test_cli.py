@@ -197,3 +197,35 @@ def test_bisect_names_the_pass(lamella_cli, encoder):
     assert "quantize-weights bits=2" in out
     status, out, _ = lamella_cli("bisect", encoder, *passes, "--max-loss", "10", "--json")
     assert json.loads(out)["spelling"] is None
+
+
+def test_tune_measures_keeps_and_shows(lamella_cli, encoder, tmp_path):
+    options = ("--rows", "1,4", "--formats", "fp32,4/32", "--store", tmp_path / "store")
+    status, out, err = lamella_cli("tune", encoder, *options)
+    assert (status, err) == (0, "")
+    assert "ms, 4 rows" in out
+    assert "128 x 256" in out
+    assert "measured 12 kernels" in " ".join(out.split())
+    status, out, _ = lamella_cli("tune", encoder, *options, "--json")
+    assert status == 0
+    data = json.loads(out)
+    assert {line["format"] for line in data["kernels"]} == {"fp32", "4/32"}
+    assert all(line["seconds"]["4"] > 0 for line in data["kernels"])
+    status, out, _ = lamella_cli("tune", encoder, *options)
+    assert "measured" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "1,x"], "rows are numbers"),
+        (["--formats", "3/32"], "no format '3/32'"),
+        (["--backend", "egaer"], "did you mean 'eager'"),
+    ],
+)
+def test_tune_refuses_what_it_does_not_know(lamella_cli, encoder, tmp_path, arguments, message):
+    status, out, err = lamella_cli("tune", encoder, "--store", tmp_path / "store", *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
