@@ -18,6 +18,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+import lamella.ir.adjoint_operators  # noqa: F401
 import lamella.ir.cached_operators  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 
 aten = torch.ops.aten
@@ -143,6 +144,7 @@ def _others(add: Callable[..., None]) -> None:
     add("indexing", aten.embedding.default, lam.embedding_nbits.default, weights=("weight",))
     add("indexing", aten.index.Tensor, aten.gather.default, aten.index_select.default)
     add("indexing", aten.index_put.default, aten.scatter.src, aten.scatter.value)
+    add("indexing", aten.scatter_add.default, lam.dequantize_nbits.default)
     add("ordering", aten.topk.default, aten.sort.default)
     add("creation", aten.arange.start_step, aten.full.default, aten.scalar_tensor.default)
     add("cast", aten.to.dtype)
@@ -150,7 +152,9 @@ def _others(add: Callable[..., None]) -> None:
     add("pooling", aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default)
     add("pooling", aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec)
     add("pooling", aten.upsample_bicubic2d.vec)
+    add("pooling", aten.max_pool2d_with_indices.default)
     add("scan", lam.selective_scan.default, lam.cached_selective_scan.default)
+    add("scan", lam.linear_scan.default)
     add("scan", lam.head_scan.default, lam.cached_head_scan.default)
     add("shape", aten.sym_size.int, operator.add, operator.sub, operator.mul)
     add("shape", operator.floordiv, operator.mod, operator.neg, torch.sym_max, torch.sym_min)

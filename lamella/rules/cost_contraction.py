@@ -133,6 +133,16 @@ def head_scan(call: Call) -> Work:
     return replace(work, cache_bytes=held * call.bytes_per_element())
 
 
+def linear_scan(call: Call) -> Work:
+    """A product and a sum for each state and step."""
+    return call.work(2 * call.output_size)
+
+
+def dequantize_nbits(call: Call) -> Work:
+    """One product and one difference for each element."""
+    return call.work(2 * call.output_size)
+
+
 def pooling(call: Call) -> Work:
     """One operation for each element of each window."""
     kernel: Any = call.operand("kernel_size")
@@ -163,6 +173,7 @@ CONTRACTING: Mapping[Target, CostRule] = {
     lam.cached_selective_scan.default: selective_scan,
     lam.head_scan.default: head_scan,
     lam.cached_head_scan.default: head_scan,
+    lam.linear_scan.default: linear_scan,
 }
 """Matrix products and what is made of them."""
 
@@ -173,7 +184,9 @@ LAYERS: Mapping[Target, CostRule] = {
     aten.group_norm.default: per_input(LAYER_NORM),
     aten.rms_norm.default: per_input(RMS_NORM),
     aten.batch_norm.default: per_input(BATCH_NORM),
+    lam.dequantize_nbits.default: dequantize_nbits,
     aten.max_pool2d.default: pooling,
+    aten.max_pool2d_with_indices.default: pooling,
     aten.avg_pool2d.default: pooling,
     aten.avg_pool1d.default: pooling,
     aten.adaptive_avg_pool1d.default: per_input(SIMPLE),

@@ -129,6 +129,7 @@ MOVING: Mapping[Target, CostRule] = {
     aten.index_put.default: scatter,
     aten.scatter.src: scatter,
     aten.scatter.value: scatter,
+    aten.scatter_add.default: scatter,
 }
 """No arithmetic: views, copies, picked elements, shapes."""
 

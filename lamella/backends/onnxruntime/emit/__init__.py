@@ -11,6 +11,7 @@ from torch.fx import Node
 from lamella.backends.onnxruntime.emission import Emission, Emitter
 from lamella.backends.onnxruntime.emit import (
     activation,
+    adjoint,
     arithmetic,
     attention,
     cached_attention,
@@ -37,6 +38,7 @@ from lamella.backends.onnxruntime.emit import (
 
 _MODULES = (
     activation,
+    adjoint,
     arithmetic,
     attention,
     cached_attention,

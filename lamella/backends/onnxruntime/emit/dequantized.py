@@ -19,6 +19,12 @@ from lamella.backends.onnxruntime.emission import Call, Emission
 from lamella.ir.packing import unpack
 
 
+def weight(e: Emission, call: Call) -> ir.Value:
+    """The dense matrix itself, ``[out, in]``."""
+    codes = _Codes(call, int(call["features"]), int(call["bits"]), int(call["block"]))
+    return _matrix(e, codes, transposed=False)
+
+
 @dataclass(frozen=True)
 class _Codes:
     """The codes of a matrix ``[rows, width]`` and how they are grouped."""

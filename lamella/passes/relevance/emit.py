@@ -1,0 +1,205 @@
+"""From the graph of a model and a preset to the graph that computes relevance.
+
+The result is an ordinary graph: the inputs of the model (and a seed) in, the outputs of the
+model, the relevance of the inputs and what else was asked for out. It holds no autograd; it runs,
+is compiled and is exported like any other. Nodes of the sweep stand in the order in which the
+coefficients are computed, so that a runner frees each after its last reader.
+
+References:
+    `methods/relevance.md`, section 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from lamella.errors import GraphError, closest
+from lamella.ir.graph import Graph
+from lamella.ir.ops import aten
+from lamella.passes.relevance.folding import fold_batch_norms
+from lamella.passes.relevance.ledger import Entry, Line, amount, lines_of, widened
+from lamella.passes.relevance.request import Request, Tap
+from lamella.passes.relevance.sweep import Sweep, carrying_nodes, places_of
+from lamella.passes.relevance.traced import Recorder, Shapes
+from lamella.rewrite.incremental.once import flat_signature
+from lamella.rules.relevance.presets import Preset
+from lamella.rules.relevance.roles import roles_of, sources_of
+from lamella.rules.relevance.view import zeros_for
+
+SEED = "seed"
+"""Name of the input for the coefficient of the output."""
+
+
+@dataclass(frozen=True)
+class RelevanceGraph:
+    """A graph that computes relevance.
+
+    Attributes:
+        graph: Called with the inputs of the model by name, and ``seed`` unless the request has a
+            seed of its own. Gives a dict: the outputs of the model by their names, and
+            ``"relevance.<input>"`` for each source, ``"tap.<name>"``, ``"ledger.start"``
+            (``<seed, output>``), ``"ledger.inputs"`` and ``"ledger.leaks"`` (vectors).
+        sources: What relevance is asked for: name of an input -> name of the node whose value it
+            is the relevance of (the input itself, or the embedding of an integer input).
+        ledger: What the entries of ``"ledger.leaks"`` are.
+        reached: Names of the nodes that have a coefficient.
+        replaced: Nodes of the model that were folded into others -> the node of the same value.
+    """
+
+    graph: Graph = field(repr=False)
+    sources: dict[str, str]
+    ledger: tuple[Entry, ...] = field(default=(), repr=False)
+    reached: tuple[str, ...] = field(default=(), repr=False)
+    replaced: dict[str, str] = field(default_factory=dict[str, str], repr=False)
+
+
+def emit(
+    graph: Graph, preset: Preset, request: Request | None = None, *, shapes: Shapes | None = None
+) -> RelevanceGraph:
+    """The graph that computes the relevance that `request` asks for; `graph` is left as it is.
+
+    Args:
+        graph: A canonical graph of a model.
+        preset: The rules.
+        request: What to compute; by default the relevance of the inputs for a seed given later.
+        shapes: A dict that emissions for one model may share: sizes are worked out once.
+
+    Raises:
+        MissingRuleError: Some operators on the way have no rule; all are listed.
+        GraphError: The request names an output or a node that the graph does not have, or
+            nothing that is explained depends on an input that relevance can be asked for.
+    """
+    emission = _Emission(graph, preset, request or Request(), shapes)
+    with emission.graph.author("relevance"):
+        emission.sweep_all()
+        return emission.finished()
+
+
+class _Emission:
+    """A relevance graph under construction."""
+
+    def __init__(
+        self, graph: Graph, preset: Preset, request: Request, shapes: Shapes | None
+    ) -> None:
+        self.preset, self.request = preset, request
+        self.graph = graph.copy()
+        self.replaced = fold_batch_norms(self.graph) if preset.fold_batch_norms else {}
+        self.nodes = self.graph.nodes
+        self.by_name = {node.name: node for node in self.nodes if node.op != "output"}
+        self.sources = sources_of(self.graph)
+        self.roles = roles_of(self.graph, self.sources.values())
+        self.recorder = Recorder(self.graph, {} if shapes is None else shapes)
+        self.target = self._explained()
+        self.sweep = self._prepared()
+        self.seed = self._seed()
+
+    def sweep_all(self) -> None:
+        """Compute the coefficients of everything that is wanted."""
+        if self.target not in self.sweep.carrying:
+            raise GraphError(
+                f"output {self._output_name()!r} does not depend on a value whose relevance is "
+                f"wanted; relevance starts from floating-point inputs and embeddings of integers"
+            )
+        self.sweep.run(self.target, self.seed, [n for n in self.nodes if n.op != "output"])
+
+    def finished(self) -> RelevanceGraph:
+        """The graph with its outputs and their names."""
+        outputs = dict(zip(self.graph.signature.outputs, self.graph.outputs, strict=True))
+        if self.request.inputs:
+            for name, node in self.sources.items():
+                outputs[f"relevance.{name}"] = self._relevance(node).node
+        outputs |= {f"tap.{tap.name}": self._tap(tap).node for tap in self.request.taps}
+        lines: list[Line] = []
+        if self.request.ledger:
+            lines = lines_of(self.sweep.steps, self.recorder, self.roles)
+            outputs |= self._ledger(lines)
+        inputs = self.graph.signature.inputs
+        names = inputs if self.request.seed is not None else (*inputs, SEED)
+        self.graph.set_outputs(outputs.values(), flat_signature(names, tuple(outputs)))
+        reached = tuple(node.name for node in self.sweep.coefficients)
+        self.graph.finish()
+        return RelevanceGraph(
+            self.graph,
+            {name: node.name for name, node in self.sources.items()},
+            tuple(line.entry for line in lines),
+            reached,
+            self.replaced,
+        )
+
+    # ---- the beginning ------------------------------------------------------------------
+
+    def _explained(self) -> Node:
+        """The node of the output that is explained."""
+        names, wanted = self.graph.signature.outputs, self.request.output
+        if isinstance(wanted, str) and wanted not in names:
+            raise GraphError(
+                f"the model has no output {wanted!r}{closest(wanted, names)}; it has "
+                f"{', '.join(names)}"
+            )
+        place = names.index(wanted) if isinstance(wanted, str) else wanted
+        if not -len(names) <= place < len(names):
+            raise GraphError(f"the model has {len(names)} outputs, there is no output {place}")
+        node = self.graph.outputs[place]
+        if not isinstance(node, Node) or not node.meta["val"].is_floating_point():
+            raise GraphError(f"output {names[place]!r} holds no floating-point numbers to explain")
+        return node
+
+    def _output_name(self) -> str:
+        return self.graph.signature.outputs[self.graph.outputs.index(self.target)]
+
+    def _seed(self) -> Any:
+        if self.request.seed is not None:
+            return self.request.seed(self.recorder.value(self.target))
+        if SEED in self.graph.signature.inputs:
+            raise GraphError(f"the model has an input {SEED!r} itself; give the request a seed")
+        return self.recorder.value(self.graph.add_input(SEED, self.target.meta["val"]))
+
+    def _prepared(self) -> Sweep:
+        ends = frozenset(self.sources.values())
+        wanted = set(ends) if self.request.inputs or self.request.ledger else set[Node]()
+        wanted |= {self._node(name) for tap in self.request.taps for name in tap.nodes}
+        carrying = carrying_nodes(self.graph, self.roles, wanted, ends)
+        places = places_of(self.graph, self.roles)
+        return Sweep(self.recorder, self.preset, self.roles, ends, carrying, places)
+
+    # ---- the end ------------------------------------------------------------------------
+
+    def _node(self, name: str) -> Node:
+        name = self.replaced.get(name, name)
+        if name not in self.by_name:
+            raise GraphError(f"the graph has no node called {name!r}{closest(name, self.by_name)}")
+        return self.by_name[name]
+
+    def _coefficient(self, node: Node) -> Any:
+        found = self.sweep.coefficients.get(node)
+        return zeros_for(self.recorder.value(node)) if found is None else found
+
+    def _relevance(self, node: Node) -> Any:
+        """The relevance of a source, whether its layer gave it a coefficient or relevance."""
+        terminal = self.sweep.terminal.get(node)
+        if terminal is not None and node not in self.sweep.coefficients:
+            return terminal
+        found = self.recorder.value(node) * self._coefficient(node)
+        return found if terminal is None else found + terminal
+
+    def _tap(self, tap: Tap) -> Any:
+        nodes = [self._node(name) for name in tap.nodes]
+        for node in nodes:
+            if not isinstance(node.meta["val"], Tensor):
+                raise GraphError(f"tap {tap.name!r} reads {node.name}, which is not one tensor")
+        pairs = [(self.recorder.value(node), self._coefficient(node)) for node in nodes]
+        return tap.function(*pairs)
+
+    def _ledger(self, lines: Iterable[Line]) -> dict[str, Node]:
+        start = amount(self.recorder.value(self.target), self.seed)
+        sums = [aten.sum.default(widened(self._relevance(n))) for n in self.sources.values()]
+        return {
+            "ledger.start": start.node,
+            "ledger.inputs": aten.stack.default(sums).node,
+            "ledger.leaks": aten.stack.default([line.amount for line in lines]).node,
+        }

@@ -1,0 +1,61 @@
+"""What is asked of a relevance graph: where it starts, and what it tells beside its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lamella.ir.ops import aten
+
+Seed = Callable[[Any], Any]
+"""From the output of the model to its coefficient; a plain tensor function."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Something to compute from values and their coefficients.
+
+    Attributes:
+        name: The output is called ``"tap.<name>"``.
+        nodes: Names of nodes of the model's graph.
+        function: Called with one pair ``(value, coefficient)`` for each node; a plain tensor
+            function. A value that no relevance reaches has the coefficient zero.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a relevance graph is to compute.
+
+    Attributes:
+        output: Which flat output of the model is explained, by name or number.
+        seed: Its coefficient; None adds an input ``seed`` of the shape of the output.
+        inputs: Whether the relevance of the inputs is wanted.
+        taps: What else is wanted.
+        ledger: Whether to account for what every node keeps of the relevance it gets.
+    """
+
+    output: str | int = 0
+    seed: Seed | None = None
+    inputs: bool = True
+    taps: tuple[Tap, ...] = ()
+    ledger: bool = False
+
+
+MASKED = 1e8
+"""A value at least this large hides something from a softmax; it is no activation."""
+
+
+def relevance_of(value: Any, coefficient: Any) -> Any:
+    """``value * coefficient``; zero for infinite values and others that stand for a mask.
+
+    Where a whole row is masked, the coefficients of its scores are rounding that sums to zero;
+    times the smallest number of a type it would drown everything else.
+    """
+    seen = aten.abs.default(value) < MASKED
+    return aten.where.ScalarOther(seen, value * coefficient, 0.0)
