@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamella.api import analyze, capture, compile, load, lower, transform
+    from lamella.backends.artifact import verify
     from lamella.backends.base import Backend, Executable
     from lamella.checkpoints.save import save_checkpoint
     from lamella.data import Samples
@@ -45,6 +46,7 @@ __all__ = [
     "lower",
     "save_checkpoint",
     "transform",
+    "verify",
 ]
 
 _HOMES = {
@@ -64,6 +66,7 @@ _HOMES = {
     "lower": "lamella.api",
     "save_checkpoint": "lamella.checkpoints.save",
     "transform": "lamella.api",
+    "verify": "lamella.backends.artifact",
 }
 
 

@@ -14,13 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lamella import generation, plugins
-from lamella.backends.artifact import (
-    MANIFEST,
-    Artifact,
-    load_artifact,
-    open_artifact,
-)
+from lamella.backends.artifact import Artifact, load_artifact, open_artifact
 from lamella.backends.base import Backend, Executable
+from lamella.backends.manifest import has_manifest
 from lamella.backends.registry import HOMES, make_backend
 from lamella.checkpoints.save import KINDS
 from lamella.data import Batch, Samples
@@ -314,7 +310,7 @@ def read(model: Model, inputs: Inputs | None = None, *, dynamic: bool = True) ->
 
 def _check_checkpoint(folder: Path) -> None:
     """Check the digests of a folder that `save_checkpoint` wrote."""
-    if (folder / MANIFEST).is_file() and (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() and has_manifest(folder):
         open_artifact(folder)
 
 

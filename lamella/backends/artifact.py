@@ -1,8 +1,8 @@
 """Saved executables: a folder of files and a manifest that vouches for them.
 
 The manifest is JSON: format version, backend, versions of the libraries, signature, recipe,
-report, and the size and SHA-256 digest of every file. A folder is written aside, synced and
-renamed; it is read only after the digests were checked.
+report, and the size and SHA-256 digest of every file, of the manifest too. A folder is written
+aside, synced and renamed; it is read only after the digests were checked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
 import uuid
@@ -21,13 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
+from lamella.backends.manifest import MANIFEST, read_manifest, write_manifest
 from lamella.errors import ArtifactError
 
-FORMAT = 1
-"""Version of the layout of the folder; a reader refuses versions it doesn't know."""
-
-MANIFEST = "manifest.json"
-_LARGEST_MANIFEST = 256 * 2**20
 _SPARE_BYTES = 2**20
 _LIBRARIES = ("lamella", "torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 
@@ -99,8 +94,7 @@ def save_artifact(
         details = write(aside)
         described = dataclasses.replace(description, details=details)
         manifest = _manifest_of(described, _entries(aside))
-        text = json.dumps(manifest, indent=1, allow_nan=True)
-        (aside / MANIFEST).write_text(text, encoding="utf-8")
+        write_manifest(aside / MANIFEST, manifest)
         _sync(aside)
         _put_in_place(aside, folder)
 
@@ -118,16 +112,33 @@ def open_artifact(folder: Path) -> Artifact:
             f"{str(folder)!r} is no saved executable: it has no {MANIFEST}; give the folder "
             f"that was passed to save"
         )
-    manifest = _read_json(path)
+    manifest = read_manifest(path)
     try:
         artifact = _parse(folder, manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
-            f"{str(path)!r} is corrupt ({type(error).__name__}: {error}); save the executable again"
+            f"{str(path)!r} is corrupt ({type(error).__name__}: {error}); save it again"
         ) from error
     for name, entry in artifact.files.items():
         _check_file(folder, name, entry)
     return artifact
+
+
+def verify(folder: str | os.PathLike[str]) -> Artifact:
+    """Check every byte of a folder that Lamella saved: an executable, or a checkpoint.
+
+    Other runtimes load a checkpoint without looking at digests; this does, before they do.
+
+    Args:
+        folder: What was given to `save` or `save_checkpoint`, or a copy of it.
+
+    Returns:
+        What the manifest says of the folder.
+
+    Raises:
+        ArtifactError: A file is missing, or differs from what was saved; it is named.
+    """
+    return open_artifact(Path(folder))
 
 
 def load_artifact(
@@ -249,30 +260,13 @@ def _entries(folder: Path) -> dict[str, FileEntry]:
 
 def _manifest_of(description: Description, files: Mapping[str, FileEntry]) -> dict[str, Any]:
     return {
-        "format": FORMAT,
         "versions": versions(),
         **dataclasses.asdict(description),
         "files": {name: dataclasses.asdict(entry) for name, entry in files.items()},
     }
 
 
-def _read_json(path: Path) -> Any:
-    if path.stat().st_size > _LARGEST_MANIFEST:
-        raise ArtifactError(f"{str(path)!r} is too large for a manifest; save the executable again")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{str(path)!r} is corrupt ({error}); save the executable again"
-        ) from error
-
-
 def _parse(folder: Path, manifest: Mapping[str, Any]) -> Artifact:
-    if manifest["format"] != FORMAT:
-        raise ArtifactError(
-            f"{str(folder)!r} has format {manifest['format']!r}, this version of lamella reads "
-            f"format {FORMAT}; load it with lamella {manifest.get('versions', {}).get('lamella')}"
-        )
     named = {item.name: manifest[item.name] for item in dataclasses.fields(Description)}
     files = {
         _safe_name(folder, name): FileEntry(int(entry["size"]), str(entry["sha256"]))
@@ -302,17 +296,17 @@ def _safe_name(folder: Path, name: str) -> str:
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
     if not path.is_file():
-        raise ArtifactError(f"{str(path)!r} is missing; save the executable again")
+        raise ArtifactError(f"{str(path)!r} is missing; save it again")
     size = path.stat().st_size
     if size != entry.size:
         raise ArtifactError(
-            f"{str(path)!r} has {size:,} bytes, the manifest says {entry.size:,}; save the "
-            f"executable again"
+            f"{str(path)!r} has {size:,} bytes, the manifest says {entry.size:,}; save it again, "
+            f"or copy it anew"
         )
     if _digest(path) != entry.sha256:
         raise ArtifactError(
             f"{str(path)!r} differs from what was saved (its digest is not the one in the "
-            f"manifest); save the executable again"
+            f"manifest); save it again, or copy it anew"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import nn
 
 import lamella
 from lamella import api
+from lamella.backends.manifest import read_manifest, write_manifest
 from lamella.errors import (
     ArtifactError,
     BackendError,
@@ -214,9 +214,9 @@ def test_a_damaged_artifact_is_refused(head, tmp_path):
 
 def test_a_backend_nobody_has_is_named(head, tmp_path):
     lamella.lower(lamella.capture(head, {"ids": IDS}), "eager").save(tmp_path / "out")
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "out/manifest.json")
     manifest["backend"] = "tensorrt"
-    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "out/manifest.json", manifest)
     with pytest.raises(ArtifactError, match="'tensorrt'"):
         lamella.load(tmp_path / "out")
 

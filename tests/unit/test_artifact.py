@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from lamella.backends.artifact import (
     open_artifact,
     save_artifact,
 )
+from lamella.backends.manifest import has_manifest, read_manifest, write_manifest
 from lamella.errors import ArtifactError
 
 DESCRIPTION = Description("toy", {"inputs": ["x"]}, recipe=["drop-blocks"], report={"loss": 0.1})
@@ -49,9 +49,10 @@ def loaders() -> dict[str, Any]:
 
 
 def edit_manifest(folder: Path, change: Any) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
+    """A manifest that says something else, and whose own digest is right."""
+    manifest = read_manifest(folder / MANIFEST)
     change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(folder / MANIFEST, manifest)
 
 
 def test_what_was_saved_is_read_back(saved: Path):
@@ -138,7 +139,7 @@ def test_names_that_leave_the_folder_are_refused(saved: Path, name: str):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "files": 3}']
+    "text", ["", "{", "[]", "null", '{"format": 2}', '{"format": 2, "files": 3, "seal": "0"}']
 )
 def test_a_corrupt_manifest_is_one_error(saved: Path, text: str):
     (saved / MANIFEST).write_text(text)
@@ -154,8 +155,42 @@ def test_a_manifest_that_is_not_text_is_one_error(saved: Path):
 
 def test_an_unknown_format_is_refused(saved: Path):
     edit_manifest(saved, lambda manifest: manifest.update(format=99))
-    with pytest.raises(ArtifactError, match=r"has format 99, this .* reads format 1"):
+    with pytest.raises(ArtifactError, match=r"has format 99, this .* reads format 2"):
         open_artifact(saved)
+
+
+def test_any_byte_of_the_manifest_that_changed_is_seen(saved: Path):
+    path = saved / MANIFEST
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert has_manifest(saved)
+        with pytest.raises(ArtifactError, match=r"manifest\.json' is corrupt|has format"):
+            open_artifact(saved)
+    path.write_bytes(whole + b"\n")
+    with pytest.raises(ArtifactError, match=r"manifest\.json' is corrupt"):
+        open_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("files"),
+        lambda manifest: manifest.update(files=3),
+        lambda manifest: manifest["files"].update({"model.bin": {"size": "many"}}),
+        lambda manifest: manifest.pop("backend"),
+    ],
+)
+def test_a_manifest_that_describes_nothing_is_one_error(saved: Path, change: Any):
+    edit_manifest(saved, change)
+    with pytest.raises(ArtifactError, match=r"manifest\.json' is corrupt"):
+        open_artifact(saved)
+
+
+def test_a_manifest_of_another_program_is_not_ours(tmp_path: Path):
+    assert not has_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"name": "an app", "icons": []}')
+    assert not has_manifest(tmp_path)
 
 
 def test_an_unknown_backend_is_named(saved: Path):

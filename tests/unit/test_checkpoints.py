@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lamella
 from lamella.backends import artifact
+from lamella.backends.manifest import MANIFEST
 from lamella.checkpoints.folded import unfolded
 from lamella.checkpoints.matching import compare
 from lamella.checkpoints.names import Stored
@@ -38,6 +39,8 @@ from lamella.passes.transforms.drop_sublayers import DropSublayers
 from lamella.passes.transforms.fold_norms import FoldNorms
 from lamella.rewrite.canonicalize import canonicalize
 from tests.tiny import TEXTS, save_encoder, save_language_model
+
+GENAI = "onnxruntime-genai"
 
 
 @functools.cache
@@ -194,15 +197,43 @@ def test_a_written_folder_can_be_captured_again_and_replaced(tmp_path, language_
     assert torch.equal(last.model.layers[0].mlp.up_proj.weight, first)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_changed_byte_is_refused(name, tmp_path, language_model):
-    lamella.save_checkpoint(lamella.capture(language_model), tmp_path / "out")
-    path = tmp_path / "out" / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ArtifactError, match=f"{name}' differs from what was saved"):
-        lamella.capture(tmp_path / "out")
+@pytest.mark.parametrize("format", ["huggingface", "compressed-tensors", "gguf", GENAI])
+def test_a_changed_byte_in_any_file_is_refused(format, tmp_path, language_model):
+    graph = lamella.capture(language_model)
+    lamella.transform(graph, ["quantize-weights bits=8 block=32"])
+    folder = tmp_path / "out"
+    save_checkpoint(graph, folder, format=format)
+    assert lamella.verify(folder).description.backend == f"checkpoint-{format}"
+    doors = [lamella.verify, lamella.load]
+    if (folder / "config.json").is_file():
+        doors.append(lamella.capture)
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        for door in doors:
+            with pytest.raises(ArtifactError, match=rf"{path.name}'.* save .* again") as caught:
+                door(folder)
+            assert "differs from what was saved" in str(caught.value) or path.name == MANIFEST
+        path.write_bytes(whole)
+    lamella.verify(folder)
+
+
+def test_a_missing_file_and_one_that_was_cut_are_refused(graph, tmp_path):
+    save_checkpoint(graph, tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors' has .* bytes, the manifest says"):
+        lamella.verify(tmp_path / "out")
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"model\.safetensors' is missing; save it again"):
+        lamella.verify(tmp_path / "out")
+
+
+def test_a_folder_with_the_manifest_of_another_program_is_captured(tmp_path, language_model):
+    shutil.copytree(language_model, tmp_path / "app")
+    (tmp_path / "app" / MANIFEST).write_text('{"name": "an app"}')
+    assert lamella.capture(tmp_path / "app").find(aten.linear.default)
 
 
 def test_a_checkpoint_is_no_executable(graph, tmp_path):
