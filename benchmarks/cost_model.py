@@ -1,13 +1,13 @@
 """Predicted against measured milliseconds of random bit plans of a Llama of 88 million parameters.
 
-    python -m benchmarks.cost_model [--part decode|prompt] [--plans 30] [--record]
+    python -m benchmarks.cost_model [--part decode|prompt] [--plans N] [--record]
 
 A plan draws a format for every group of weights that are one kernel. Its time is predicted from
 measured kernels and a measured rest (`lamella.tuning`), and measured on the whole model: one token
 behind 128 (2, 4 and 8 bits in blocks of 64), or a prompt of 128 tokens (4 and 8 bits, and integers
-by integers). Models take turns in groups, and one plan is in every group: the machine is faster in
-some minutes than in others, and that plan tells by how much. Kernels are measured anew beside
-every group for the same reason; their median counts.
+by integers). Models take turns in groups, and uniform plans are in every group: the machine is
+faster in some seconds than in others, and what these take in a turn tells by how much. Kernels are
+measured anew beside every group for the same reason; their median counts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import argparse
 import gc
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import truediv
 
 import torch
 from scipy.stats import spearmanr
@@ -34,11 +36,12 @@ from lamella.passes.sites import Site, find_sites, tie_groups
 from lamella.passes.times import Kernel, Table, Workload
 from lamella.passes.transforms.integer_layers import rewire
 from lamella.rewrite.canonicalize import canonicalize
+from lamella.timing import SETTLE_SECONDS
 from lamella.tuning.chain import MadeUp
 from lamella.tuning.machine import cache_bytes
 from lamella.tuning.measure import measure_kernels
 from lamella.tuning.stand_in import stand_in
-from lamella.tuning.whole import call_of_graph, times_of
+from lamella.tuning.whole import Call, call_of_graph
 
 Choice = Format | str
 Plan = Mapping[str, Choice]
@@ -53,8 +56,9 @@ TITLES = {
     "decode": "one token behind 128, batch 1",
     "prompt": "a prompt of 128 tokens, with int8 activations where the plan says so",
 }
+PLANS = {"decode": 30, "prompt": 18}
 GROUP = 6
-"""Plans that take turns, beside the reference."""
+"""Plans that take turns, beside the references."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Point:
         bits: Mean width of its weights.
         integers: Share of the weights that multiply integers.
         predicted: Seconds.
-        measured: Seconds, the median of its turns, corrected by the drift of the reference.
+        measured: Seconds, the median of its turns, each relative to that of the references.
         raw: Seconds, as timed.
     """
 
@@ -80,11 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=sorted(PARTS), default="decode")
-    parser.add_argument("--plans", type=int, default=30)
+    parser.add_argument("--plans", type=int, help="30 for decode, 18 for prompt")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--record", action="store_true", help="keep the table as JSON")
     given = parser.parse_args(arguments)
-    points = measured(given.part, given.plans, given.rounds)
+    points = measured(given.part, given.plans or PLANS[given.part], given.rounds)
     result = table(given.part, points)
     if given.record:
         result.publish()
@@ -126,8 +130,9 @@ def table(part: str, points: Sequence[Point]) -> Result:
         ],
         notes=(
             "Some of the plans, in the order of their times; plans hold made-up codes.",
-            f"Before the correction by a plan that is in every group: rank correlation "
-            f"{raw_rank:.3f}, median error {statistics.median(raw):.1%}.",
+            "Measured: the median over turns of the time relative to that of three uniform plans "
+            f"in the same turn. Medians of plain times: rank correlation {raw_rank:.3f}, median "
+            f"error {statistics.median(raw):.1%}.",
         ),
     )
 
@@ -139,15 +144,19 @@ def measured(part: str, count: int, rounds: int) -> list[Point]:
     lab = Lab(graph, workload, tuple(uniform(graph, choice) for choice in choices))
     plans = list(random_plans(graph, choices, count))
     groups = [plans[i : i + GROUP] for i in range(0, count, GROUP)]
-    timed = [lab.times(group, rounds) for group in groups]
-    usual = statistics.median(reference for reference, _ in timed)
-    raws = [seconds for _, several in timed for seconds in several]
-    drifts = [reference / usual for reference, several in timed for _ in several]
+    timed = [lab.turns(group, rounds) for group in groups]
+    usual = statistics.median(seconds for references, _ in timed for seconds in references)
+    raws = [statistics.median(turns) for _, plans_of in timed for turns in plans_of]
+    steady = [
+        usual * statistics.median(map(truediv, turns, references))
+        for references, plans_of in timed
+        for turns in plans_of
+    ]
     expected = lab.predictions()
     sizes = {site.weight: site.size for site in find_sites(graph) if site.role != "embedding"}
     return [
-        Point(*_widths(plan, sizes), guess, raw / drift, raw)
-        for plan, guess, raw, drift in zip(plans, expected, raws, drifts, strict=True)
+        Point(*_widths(plan, sizes), guess, seconds, raw)
+        for plan, guess, seconds, raw in zip(plans, expected, steady, raws, strict=True)
     ]
 
 
@@ -155,7 +164,7 @@ class Lab:
     """Times models and the kernels of a graph side by side.
 
     The `references` are in every group; what their times leave over after their kernels is the
-    rest, and the one in the middle tells of the drift.
+    rest, and together they tell how fast the machine is in a turn.
     """
 
     def __init__(self, graph: Graph, workload: Workload, references: Sequence[Plan]) -> None:
@@ -168,22 +177,21 @@ class Lab:
         self._planned: list[Graph] = []
         self._wholes: list[list[float]] = [[] for _ in references]
 
-    def times(self, plans: Sequence[Plan], rounds: int) -> tuple[float, list[float]]:
-        """Seconds of the middle reference and of each plan; kernels are measured on the way."""
+    def turns(self, plans: Sequence[Plan], rounds: int) -> tuple[list[float], list[list[float]]]:
+        """Seconds of all references in each turn, and of each plan; kernels are measured too."""
         for found in measure_kernels(self._backend, self._kernels, cache_bytes()):
             for kernel, seconds in found.items():
                 self._seconds[kernel].append(seconds)
         models = [self._model(plan) for plan in plans]
         self._planned += models
-        calls = {f"reference {i}": call for i, call in enumerate(self._calls)}
-        calls |= {f"plan {i}": self._call(model) for i, model in enumerate(models)}
-        whole = {name: t.median_seconds for name, t in times_of(calls, rounds).items()}
+        calls = [*self._calls, *map(self._call, models)]
+        found = take_turns(calls, rounds)
         del calls
         gc.collect()
-        for index, several in enumerate(self._wholes):
-            several.append(whole[f"reference {index}"])
-        middle = whole[f"reference {len(self._calls) // 2}"]
-        return middle, [whole[f"plan {i}"] for i in range(len(plans))]
+        references = found[: len(self._calls)]
+        for several, turns in zip(self._wholes, references, strict=True):
+            several += turns
+        return [sum(turn) for turn in zip(*references, strict=True)], found[len(self._calls) :]
 
     def predictions(self) -> list[float]:
         """Seconds of each plan so far, from the medians of what was measured."""
@@ -210,8 +218,21 @@ class Lab:
         model.finish()
         return model
 
-    def _call(self, model: Graph) -> tuple[Callable[[], object], int]:
+    def _call(self, model: Graph) -> Call:
         return call_of_graph(model, self._backend, self._workload)
+
+
+def take_turns(calls: Sequence[Call], rounds: int) -> list[list[float]]:
+    """Seconds that a call of each model takes in each turn."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(-2, rounds):
+        for (run, count), taken in zip(calls, seconds, strict=True):
+            time.sleep(SETTLE_SECONDS)
+            start = time.perf_counter()
+            run()
+            if turn >= 0:
+                taken.append((time.perf_counter() - start) / count)
+    return seconds
 
 
 def captured() -> Graph:
