@@ -13,6 +13,8 @@ SCRIPTS = {
     "demo": ("benchmarks.demo", "--record"),
     "encoder": ("benchmarks.encoder", "--record"),
     "decode": ("benchmarks.decode",),
+    "cost-model": ("benchmarks.cost_model", "--part", "decode", "--record"),
+    "cost-model-prompt": ("benchmarks.cost_model", "--part", "prompt", "--record"),
     "compile-time": ("benchmarks.compile_time",),
     "onnx-writer": ("benchmarks.onnx_writer",),
     "onnx-kernels": ("benchmarks.onnx_kernels",),
