@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from torch.fx import Node
 from lamella.errors import ArtifactError, SamplesError
 from lamella.ir.graph import Graph
 from lamella.ir.symbols import named, shape_of, symbol_names
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,15 @@ def example_inputs(
     """Random inputs of the given sizes, for timing.
 
     Integers are small (0 or 1), so that they are valid tokens, positions and masks; the first
-    varying size of an input is its batch, further ones are its sequence.
+    varying size of an input is its batch, further ones are its sequence. A size that is computed
+    from others (``past + sequence``) fits them.
     """
     generator = torch.Generator().manual_seed(seed)
     first = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)}
     values: list[Any] = []
     for spec in specs:
         shape = [
-            size if isinstance(size, int) else batch if size in first else sequence
+            size if isinstance(size, int) else batch if size in first else _computed(size, sequence)
             for size in spec.shape
         ]
         dtype = getattr(torch, spec.dtype) if spec.dtype else None
@@ -102,6 +106,15 @@ def example_inputs(
         else:
             values.append(torch.ones(shape, dtype=dtype))
     return values
+
+
+def _computed(size: str, each: int) -> int:
+    """A size where every name in it is `each`."""
+    if size.isidentifier():
+        return each
+    # The names are given, or sympy would take some of them for its own functions.
+    names: dict[str, sympy.Expr] = dict.fromkeys(_NAME.findall(size), sympy.Integer(each))
+    return int(sympy.sympify(size, locals=names))
 
 
 def _spec(name: str, node: Node, names: Mapping[sympy.Symbol, str]) -> InputSpec:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lamella.backends.artifact import MANIFEST, Description, check_target, save_artifact
+from lamella.checkpoints.aotinductor import aotinductor
 from lamella.checkpoints.compressed_tensors import compressed_tensors
 from lamella.checkpoints.genai import genai
 from lamella.checkpoints.gguf_file import gguf_file
@@ -19,7 +20,7 @@ from lamella.checkpoints.report import CheckpointReport
 from lamella.errors import CheckpointError, known_names
 from lamella.ir.graph import Graph
 
-Format = Literal["huggingface", "compressed-tensors", "gguf", "onnxruntime-genai"]
+Format = Literal["huggingface", "compressed-tensors", "gguf", "onnxruntime-genai", "aotinductor"]
 
 FORMATS: Mapping[str, Callable[[Graph, Any, int], Prepared]] = MappingProxyType(
     {
@@ -27,6 +28,7 @@ FORMATS: Mapping[str, Callable[[Graph, Any, int], Prepared]] = MappingProxyType(
         "compressed-tensors": compressed_tensors,
         "gguf": gguf_file,
         "onnxruntime-genai": genai,
+        "aotinductor": aotinductor,
     }
 )
 """The formats by name."""
@@ -59,7 +61,8 @@ def save_checkpoint(
             point. ``"compressed-tensors"``: the same with the codes of weights of few bits.
             ``"gguf"``: one file for llama.cpp (llama, mistral, qwen2, qwen3).
             ``"onnxruntime-genai"``: an ONNX decoder over shared caches with its
-            ``genai_config.json``.
+            ``genai_config.json``. ``"aotinductor"``: any model, compiled with its weights into
+            a package that PyTorch runs without this library.
         tokenizer: Is written instead of the tokenizer of the folder that was captured.
         max_shard_size: Largest file of weights, as bytes or ``"2GB"``; for safetensors.
 

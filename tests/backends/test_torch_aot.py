@@ -70,7 +70,8 @@ def test_an_artifact_is_loaded_and_compiled_again_elsewhere(
     torch.testing.assert_close(loaded(ids=IDS), executable(ids=IDS), rtol=0, atol=0)
     again: list[str] = []
 
-    def compile_again(program, package):
+    def compile_again(program, package, *, with_weights):
+        assert not with_weights
         again.append(str(package))
         return shutil.copyfile(tmp_path / "out" / aot.PACKAGE, package)
 

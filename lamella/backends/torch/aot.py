@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ from lamella.backends.torch.eager import not_canonical, unpacked
 from lamella.backends.torch.inductor import compile_package, load_package
 from lamella.backends.torch.portable import Portable
 from lamella.errors import BackendError
+from lamella.ir.cached_operators import CACHED_REFERENCE
 from lamella.ir.graph import Graph
 from lamella.ir.operators import REFERENCE
 from lamella.ir.signature import Signature
@@ -43,6 +45,8 @@ _KEPT = frozenset(
     {
         torch.ops.lamella.selective_scan.default,
         torch.ops.lamella.head_scan.default,
+        torch.ops.lamella.cached_selective_scan.default,
+        torch.ops.lamella.cached_head_scan.default,
         torch.ops.lamella.grouped_linear.default,
     }
 )
@@ -167,8 +171,23 @@ def _compiled(portable: Portable, signature: Signature, report: Report | None) -
     return executable
 
 
-def _compile(portable: Portable, package: Path) -> Path:
-    """Compile the graph without its weights into the file `package`."""
+def called_operators(graph: Graph) -> dict[str, int]:
+    """Operators of Lamella that compiled code calls, with their counts: it needs this library."""
+    called = [node.target for node in graph.nodes if node.target in _KEPT]
+    return dict(Counter(map(str, called)))
+
+
+def compile_whole(portable: Portable, package: Path) -> Path:
+    """Compile the graph with its weights into the file `package`; PyTorch alone runs it.
+
+    Raises:
+        BackendError: The compiler fails.
+    """
+    return _compile(portable, package, with_weights=True)
+
+
+def _compile(portable: Portable, package: Path, *, with_weights: bool = False) -> Path:
+    """Compile the graph, without its weights unless asked for, into the file `package`."""
     module = _traceable(portable)
     # Sizes above 1, and different ones, so that no size becomes a constant.
     sample = tuple(example_inputs(portable.inputs, batch=2, sequence=16))
@@ -181,7 +200,7 @@ def _compile(portable: Portable, package: Path) -> Path:
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(module, sample, dynamic_shapes=shapes, strict=False)
-            return compile_package(program, package)
+            return compile_package(program, package, with_weights=with_weights)
         except Exception as error:
             raise BackendError(
                 f"AOTInductor can't compile the graph ({type(error).__name__}: "
@@ -192,8 +211,9 @@ def _compile(portable: Portable, package: Path) -> Path:
 def _traceable(portable: Portable) -> fx.GraphModule:
     """The module with dense weights, and references in place of operators of Lamella."""
     module, _ = unpacked(portable.module())
+    references = {**REFERENCE, **CACHED_REFERENCE}
     for node in module.graph.nodes:
-        if node.target in REFERENCE and node.target not in _KEPT:
-            node.target = REFERENCE[node.target]
+        if node.target in references and node.target not in _KEPT:
+            node.target = references[node.target]
     module.recompile()
     return module

@@ -13,10 +13,9 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.export import ExportedProgram
 
 
-def compile_package(program: ExportedProgram, package: Path) -> Path:
-    """Compile an exported program into the file `package`, without its weights."""
-    # The weights would lie in the package a second time.
-    options = {"aot_inductor.package_constants_in_so": False}
+def compile_package(program: ExportedProgram, package: Path, *, with_weights: bool) -> Path:
+    """Compile an exported program into the file `package`, with its weights or without."""
+    options = {"aot_inductor.package_constants_in_so": with_weights}
     path = aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
     return Path(path)
 
