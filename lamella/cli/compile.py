@@ -19,7 +19,8 @@ _CheckpointOption = Annotated[
 _FormatOption = Annotated[
     str,
     typer.Option(
-        help="Of the checkpoint: huggingface, compressed-tensors, gguf or onnxruntime-genai."
+        help="Of the checkpoint: huggingface, compressed-tensors, gguf, onnxruntime-genai or "
+        "aotinductor."
     ),
 ]
 _MaxLossOption = Annotated[
