@@ -6,6 +6,7 @@ backend can't lower) is checked before anything that takes long.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,13 @@ from lamella.ir.graph import Graph
 from lamella.ir.model_folder import CONFIG
 from lamella.ir.sources import Inputs, Model, Source, read_model
 from lamella.latency import Snapshots
+from lamella.memory import peak_bytes, resident_bytes
 from lamella.passes.base import Analyses, Analysis, Transform
 from lamella.passes.instruments import Instrument
 from lamella.passes.manager import run_passes
 from lamella.passes.probes import check_samples
 from lamella.recipe import parse_analysis, parse_passes, recipe_of
-from lamella.report import Report
+from lamella.report import Memory, Report
 from lamella.rewrite.canonicalize import canonicalize
 from lamella.tuning.measured import latencies
 from lamella.tuning.tuner import Tuner, Tuning
@@ -228,7 +230,7 @@ class Compilation:
         samples: SampleSource | None = None,
     ) -> Executable:
         """Capture, edit and lower; a graph or source that is given stays as it is."""
-        lowering = find_backend(self.backend)
+        lowering, before = find_backend(self.backend), resident_bytes()
         lowering.ensure_available()
         self.stage("reading the model")
         source = model if isinstance(model, Source) else read(model, inputs)
@@ -243,6 +245,9 @@ class Compilation:
         self.stage(f"lowering to {lowering.name}")
         executable = generation.lower_any(source.graph, lowering, report, strict=self.strict)
         self._add_latencies(executable, source.graph)
+        if executable.report is not None:
+            memory = Memory(before, peak_bytes())
+            executable.report = dataclasses.replace(executable.report, memory=memory)
         executable.recipe = recipe_of(self.passes)
         if isinstance(executable, generation.GenerativeExecutable):
             executable.tokenizer = source.tokenizer

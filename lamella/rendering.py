@@ -88,6 +88,10 @@ def _lines(report: Report) -> list[str]:
         told = [] if measured is None else [f"measured {seconds_text(measured)}"]
         told += [] if predicted is None else [f"predicted {seconds_text(predicted)}"]
         lines.append(f"{entry.backend}, {entry.subject}, {entry.inputs}: {', '.join(told)}")
+    if report.memory is not None:
+        before, peak = report.memory.before, report.memory.peak
+        begun = "" if before is None else f" (at the start {bytes_text(before)})"
+        lines.append(f"memory: at most {bytes_text(peak)}{begun}")
     if report.files:
         lines.append(f"files: {bytes_text(report.file_bytes)}")
     return lines

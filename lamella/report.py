@@ -150,6 +150,19 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Resident memory of the process, mapped files included, in bytes.
+
+    Attributes:
+        before: When the compilation began; None where the system doesn't say.
+        peak: The most until it ended; the process may have held it before.
+    """
+
+    before: int | None
+    peak: int
+
+
+@dataclass(frozen=True)
 class ModelSummary:
     """The model before the first pass.
 
@@ -182,6 +195,7 @@ class Report:
         samples_digest: Digest of the samples, or None without samples.
         samples: How many batches there were.
         seed: Seed of the probe inputs.
+        memory: What the compilation took; None when nobody looked.
     """
 
     model: ModelSummary = field(default_factory=ModelSummary)
@@ -193,6 +207,7 @@ class Report:
     samples_digest: str | None = None
     samples: int = 0
     seed: int = 0
+    memory: Memory | None = None
 
     @property
     def loss(self) -> Loss | None:

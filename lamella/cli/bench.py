@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from lamella import memory
 from lamella.cli.console import Stages, errors_in_one_line, out, show_json
 from lamella.cli.lazy import api, inputs
 from lamella.rendering import bytes_text, seconds_text
@@ -35,8 +37,8 @@ def bench_artifacts(
     """Compare artifacts, taking turns (A B C A B C …); medians are shown."""
     with Stages() as stage:
         stage("loading")
-        contenders = _contenders(artifacts, model)
-        calls = {name: _call(one, batch, sequence) for name, one in contenders.items()}
+        contenders = _contenders(artifacts, model, (batch, sequence))
+        calls = {name: each.call for name, each in contenders.items()}
         stage("timing")
         timings = measure(calls, rounds=rounds)
     if as_json:
@@ -45,36 +47,60 @@ def bench_artifacts(
     out.print(_table(contenders, timings, f"batch {batch}, sequence {sequence}, {rounds} rounds"))
 
 
-def _contenders(artifacts: list[Path], model: str | None) -> dict[str, Executable]:
+@dataclasses.dataclass(frozen=True)
+class _Contender:
+    """What is timed.
+
+    Attributes:
+        executable: It.
+        call: Calls it, with inputs made beforehand.
+        memory_bytes: How much more the process held after it was loaded and called once.
+    """
+
+    executable: Executable
+    call: Callable[[], object]
+    memory_bytes: int | None
+
+
+def _contenders(
+    artifacts: list[Path], model: str | None, sizes: tuple[int, int]
+) -> dict[str, _Contender]:
     """What is timed, by name; the original first."""
-    contenders: dict[str, Executable] = {}
     # Artifacts first: they are checked in no time, and a model may take long to read.
-    loaded = {str(folder): api.load(folder) for folder in artifacts}
-    if model is not None:
-        contenders[f"{Path(model).name} (original)"] = api.lower(api.capture(model), "eager")
-    return contenders | loaded
+    loaded = {
+        str(folder): _contender(functools.partial(api.load, folder), sizes) for folder in artifacts
+    }
+    if model is None:
+        return loaded
+    original = _contender(lambda: api.lower(api.capture(model), "eager"), sizes)
+    return {f"{Path(model).name} (original)": original} | loaded
 
 
-def _call(executable: Executable, batch: int, sequence: int) -> Callable[[], object]:
-    """A call with inputs of the given sizes, made beforehand."""
-    values = inputs.example_inputs(executable.inputs, batch=batch, sequence=sequence)
-    return lambda: executable.run(values)
+def _contender(load: Callable[[], Executable], sizes: tuple[int, int]) -> _Contender:
+    before = memory.resident_bytes()
+    executable = load()
+    values = inputs.example_inputs(executable.inputs, batch=sizes[0], sequence=sizes[1])
+    executable.run(values)
+    after = memory.resident_bytes()
+    held = None if before is None or after is None else max(after - before, 0)
+    return _Contender(executable, lambda: executable.run(values), held)
 
 
-def _table(contenders: dict[str, Executable], timings: dict[str, Timing], title: str) -> Table:
+def _table(contenders: dict[str, _Contender], timings: dict[str, Timing], title: str) -> Table:
     table = Table(box=None, title=title, title_justify="left")
     table.add_column("artifact")
     table.add_column("backend")
-    for column in ("files", "weights", "median", "best", "spread", "relative"):
+    for column in ("files", "weights", "memory", "median", "best", "spread", "relative"):
         table.add_column(column, justify="right")
     first = next(iter(timings.values())).median_seconds
-    for name, executable in contenders.items():
-        timing = timings[name]
+    for name, contender in contenders.items():
+        timing, executable, held = timings[name], contender.executable, contender.memory_bytes
         table.add_row(
             name,
             executable.backend,
             bytes_text(executable.file_bytes),
             bytes_text(executable.weight_bytes),
+            "" if held is None else bytes_text(held),
             seconds_text(timing.median_seconds),
             seconds_text(timing.best_seconds),
             f"{timing.spread_ratio:.0%}",
@@ -83,11 +109,13 @@ def _table(contenders: dict[str, Executable], timings: dict[str, Timing], title:
     return table
 
 
-def _data(name: str, executable: Executable, timing: Timing) -> dict[str, Any]:
+def _data(name: str, contender: _Contender, timing: Timing) -> dict[str, Any]:
+    executable = contender.executable
     return {
         "artifact": name,
         "backend": executable.backend,
         "file_bytes": executable.file_bytes,
         "weight_bytes": executable.weight_bytes,
+        "memory_bytes": contender.memory_bytes,
         **dataclasses.asdict(timing),
     }
