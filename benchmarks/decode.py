@@ -1,269 +1,170 @@
-"""One step of a decoder with its caches bound: a Llama of 88 million parameters, one new token.
+"""A decoder with its cache: milliseconds a token and for a prompt, ours beside what others make.
 
-    python -m benchmarks.decode [--rounds 40] [--genai PYTHON] [--no-exporter]
+    python -m benchmarks.decode [--model llama|trained] [--openvino PYTHON] [--rounds 30]
 
-Ours at 32, 8 and 4 bits beside the model builder of onnxruntime-genai and the ONNX exporter of
-transformers with its fusions for ONNX Runtime. All run in one process, in turns, in the same
-ONNX Runtime with the same threads. `--genai` names an interpreter that has onnxruntime-genai (it
-brings a runtime of its own); a peer that is missing is a row that says so.
+The model is a Llama of 88 million random weights, or the trained language model of the zoo.
+Everything takes turns in one run with the same threads: ours at several widths, the model builder
+of onnxruntime-genai (its sessions bare, and in its own runner), our layout for that runner, the
+ONNX exporter of transformers with its fusions for ONNX Runtime, and PyTorch. `--openvino` names an
+interpreter that has openvino and nncf. A peer that is missing is a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import lamella
+from benchmarks.decoders import ours, runner, torch_peers
+from benchmarks.decoders.candidate import STEPS, Call, Candidate, Sizes, llama
+from benchmarks.decoders.openvino_peer import openvino
 from benchmarks.record import Result
-from lamella.backends.decoder import State
-from lamella.backends.onnxruntime.backend import OnnxRuntimeBackend
-from lamella.backends.onnxruntime.session import Session
-from lamella.ir.capture import capture_module
+from benchmarks.zoo.language_model import language_model
+from lamella.backends.onnxruntime.threads import physical_cores
 from lamella.ir.graph import Graph
-from lamella.passes.base import Analyses
-from lamella.passes.transforms.quantize_weights import QuantizeWeights
-from lamella.rewrite.canonicalize import canonicalize
-from lamella.rewrite.incremental import incremental
 from lamella.timing import measure
 
-PASTS = (128, 1024)
-CAPACITY = 2048
-VOCABULARY = 8192
-FORMATS = ((32, 0), (8, 128), (4, 32), (4, 128))
-"""Bits and block of ours."""
-STEPS_OF_A_CALL = 5
-"""So that threads that wake up, and pauses between candidates, weigh little."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is timed.
-
-    Attributes:
-        name: For people.
-        weight_bytes: Bytes of the weights that a step reads, as they are stored (scales of 16 bits
-            are read as 32); embeddings are read row by row.
-        step_at: Past -> a call that decodes one token with that many tokens in the cache.
-    """
-
-    name: str
-    weight_bytes: int
-    step_at: Callable[[int], Callable[[], object]]
+PROMPTS = (128, 512)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--genai", help="interpreter that has onnxruntime-genai")
+    parser.add_argument("--model", choices=("llama", "trained"), default="llama")
+    parser.add_argument("--rounds", type=int, default=30, help="turns; a third for prompts")
+    parser.add_argument("--openvino", metavar="PYTHON", help="interpreter with openvino and nncf")
     parser.add_argument("--no-exporter", action="store_true", help="it takes a minute")
+    parser.add_argument("--record", action="store_true", help="write the table of results")
     given = parser.parse_args(arguments)
-    model = llama()
+    torch.set_num_threads(physical_cores())
     with tempfile.TemporaryDirectory() as place:
-        found = [*ours(model)]
+        model, folder = _model(given.model, Path(place))
+        sizes = Sizes.of(model)
+        found: list[Candidate] = []
         absent: list[str] = []
-        for peer in _peers(model, Path(place), given):
-            (absent if isinstance(peer, str) else found).append(peer)  # pyright: ignore[reportArgumentType]
-        rows = _timed(found, given.rounds)
-    speed = bandwidth()
-    Result(
-        name="decode",
-        title="One token of a Llama of 88 million parameters, batch 1, caches bound",
-        columns=(
-            "candidate",
-            "MB stored",
-            *(f"ms at {past}" for past in PASTS),
-            "least ms",
-            "ms to read them",
-        ),
-        rows=[
-            *((*row, found[index].weight_bytes / speed * 1e3) for index, row in enumerate(rows)),
-            *((name, *["absent"] * (len(PASTS) + 3)) for name in absent),
-        ],
-        notes=(
-            f"Medians over {given.rounds} turns of {STEPS_OF_A_CALL} steps; least: the fastest "
-            f"turn at {PASTS[0]}. Ours goes through `Decoder.step`, others are bare sessions",
-            f"Bandwidth as measured here: {speed / 1e9:.0f} GB/s reading with two threads",
-        ),
-    ).publish()
+        for each in _candidates(model, folder, Path(place), given):
+            (absent if isinstance(each, str) else found).append(each)  # pyright: ignore[reportArgumentType]
+        pasts = (128, min(1024, sizes.capacity - 64))
+        columns = _columns(found, pasts, given.rounds)
+        result = _result(given.model, columns, found, absent)
+    result.publish() if given.record else result.show()
 
 
-def llama() -> LlamaForCausalLM:
-    """12 blocks, 768 wide, 12 heads over 4 for keys and values."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=CAPACITY,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-# ---- ours -------------------------------------------------------------------------------
-
-
-def ours(model: LlamaForCausalLM) -> Iterator[Candidate]:
-    """The decoder at every format; weights are rounded to the nearest code."""
-    ids = torch.ones(2, 9, dtype=torch.int64)
-    graph = capture_module(model, {"input_ids": ids, "attention_mask": ids.clone()})
-    canonicalize(graph)
-    for bits, block in FORMATS:
-        chosen, name = graph, f"lamella, {bits} bits"
-        if bits < 32:
-            chosen, name = graph.copy(), f"{name}, blocks of {block}"
-            QuantizeWeights(bits=bits, block=block).run(chosen, Analyses(chosen))
-            chosen.finish()
-        yield _ours(name, incremental(chosen).step)
-
-
-def _ours(name: str, step: Graph) -> Candidate:
-    decoder = OnnxRuntimeBackend().decoder(step)
-    table = next(n for n in step.nodes if n.op == "get_attr" and "embed_tokens" in str(n.target))
-    value = table.meta["val"]
-    read = step.weight_bytes() - value.numel() * value.element_size()
-
-    def step_at(past: int) -> Callable[[], object]:
-        state = decoder.start(1, CAPACITY)
-        decoder.step(state, torch.ones(1, past, dtype=torch.int64), last_only=True)
-        token = torch.ones(1, 1, dtype=torch.int64)
-
-        def call() -> None:
-            for _ in range(STEPS_OF_A_CALL):
-                decoder.step(state, token)
-            _back_to(state, past)
-
-        return call
-
-    return Candidate(name, read, step_at)
-
-
-def _back_to(state: State, past: int) -> None:
-    state.crop(past)
-
-
-# ---- peers ------------------------------------------------------------------------------
-
-
-def _peers(
-    model: LlamaForCausalLM, place: Path, given: argparse.Namespace
-) -> Iterator[Candidate | str]:
-    folder = place / "huggingface"
+def _model(name: str, place: Path) -> tuple[LlamaForCausalLM, Path]:
+    if name == "trained":
+        folder = language_model()
+        return AutoModelForCausalLM.from_pretrained(folder).eval(), folder
+    model, folder = llama(), place / "llama"
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
-    for precision in ("int4", "fp32"):
-        name = f"onnxruntime-genai builder, {precision}"
-        built = given.genai and _build(given.genai, precision, folder, place / precision)
-        yield _bound(name, place / precision / "model.onnx") if built else name
-    name = "transformers exporter, fused, fp32"
-    absent = given.no_exporter or importlib.util.find_spec("transformers.exporters") is None
-    yield name if absent else _exported(name, model, place / "exported")
+    _tokenizer(model.config.vocab_size).save_pretrained(folder)
+    return model, folder
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """The builder wants one; nothing is tokenized."""
     from tokenizers import Tokenizer, models
 
-    words = {f"t{index}": index for index in range(VOCABULARY)}
+    words = {f"t{index}": index for index in range(vocabulary)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "t0")))
 
 
-def _build(python: str, precision: str, source: Path, target: Path) -> bool:
-    words = f"-i {source} -o {target} -p {precision} -e cpu -c {target}"
-    command = [python, "-m", "onnxruntime_genai.models.builder", *words.split()]
-    extra = ["--extra_options", "int4_accuracy_level=4"]
-    return subprocess.run([*command, *extra], check=False, capture_output=True).returncode == 0
+def _candidates(
+    model: LlamaForCausalLM, folder: Path, place: Path, given: argparse.Namespace
+) -> Iterator[Candidate | str]:
+    sizes, graph = Sizes.of(model), lamella.capture(folder)
+    yield from ours.ours(graph, sizes.capacity)
+    if runner.is_there():
+        yield from runner.built(folder, place, sizes)
+        yield from _in_the_runner(graph, place)
+    else:
+        yield "onnxruntime-genai"
+    name = "transformers exporter, fused"
+    absent = given.no_exporter or importlib.util.find_spec("transformers.exporters") is None
+    yield name if absent else torch_peers.exported(model, place / "exported", sizes)
+    yield torch_peers.eager(model, sizes)
+    if given.openvino:
+        yield openvino(given.openvino, graph, place / "standard")
+    else:
+        yield "OpenVINO, int4"
 
 
-def _bound(name: str, path: Path) -> Candidate:
-    """A session of a model of the builder, its caches bound as ours are."""
-    session = Session(path)
-    files = [file for file in path.parent.iterdir() if file.name.startswith(path.name)]
-    read = sum(file.stat().st_size for file in files) - VOCABULARY * 768 * 4
-
-    def step_at(past: int) -> Callable[[], object]:
-        call = session.bind()
-        for key in [key for key in session.inputs if key.startswith("past_key_values")]:
-            buffer = torch.zeros(1, 4, CAPACITY, 64)
-            call.input(key, buffer)
-            call.output(key.replace("past_key_values", "present"), buffer)
-        call.input("input_ids", torch.ones(1, 1, dtype=torch.int64))
-        call.input("attention_mask", torch.ones(1, past + 1, dtype=torch.int64))
-        call.output("logits", torch.empty(1, 1, VOCABULARY))
-        return lambda: [call.run() for _ in range(STEPS_OF_A_CALL)]
-
-    return Candidate(name, read, step_at)
-
-
-def _exported(name: str, model: LlamaForCausalLM, folder: Path) -> Candidate:
-    """A session of what transformers exports; its caches grow, and are not taken back here."""
-    from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
-
-    ids = torch.ones(2, 8, dtype=torch.int64)
-    with torch.no_grad():
-        past = model(ids, use_cache=True).past_key_values
-    inputs: dict[str, Any] = {
-        "input_ids": ids[:, :3],
-        "attention_mask": torch.ones(2, 11, dtype=torch.int64),
-        "position_ids": torch.arange(8, 11).expand(2, 3).contiguous(),
-        "past_key_values": past,
-        "use_cache": True,
-    }
-    config = OnnxConfig(dynamic=True, ort_fusions="cpu")
-    OnnxExporter().export(model, inputs, config).save_pretrained(folder)
-    path = next(folder.rglob("*.onnx"))
-    session = Session(path)
-    read = sum(p.numel() * 4 for p in model.parameters()) - VOCABULARY * 768 * 4
-
-    def step_at(past: int) -> Callable[[], object]:
-        feeds: dict[str, Tensor] = {key: torch.zeros(1, 4, past, 64) for key in session.inputs}
-        feeds["input_ids"] = torch.ones(1, 1, dtype=torch.int64)
-        feeds["attention_mask"] = torch.ones(1, past + 1, dtype=torch.int64)
-        feeds["position_ids"] = torch.full((1, 1), past)
-        feeds = {key: feeds[key] for key in session.inputs}
-        return lambda: [session.run(feeds, session.outputs) for _ in range(STEPS_OF_A_CALL)]
-
-    return Candidate(name, read, step_at)
+def _in_the_runner(graph: Graph, place: Path) -> Iterator[Candidate]:
+    for bits, block in ((4, 32), (4, 128)):
+        target = place / f"ours-{bits}-{block}"
+        lamella.save_checkpoint(
+            ours.quantized(graph, bits, block), target, format="onnxruntime-genai"
+        )
+        yield runner.run(f"lamella, {bits} bits, blocks of {block}, in that runner", target)
 
 
 # ---- timing -----------------------------------------------------------------------------
 
 
-def _timed(candidates: Sequence[Candidate], rounds: int) -> list[tuple[object, ...]]:
-    """A row for each candidate: megabytes, median milliseconds at every past, the least ones."""
-    rows: list[list[object]] = [[c.name, c.weight_bytes / 1e6] for c in candidates]
-    least: list[float] = []
-    for past in PASTS:
-        calls = {c.name: c.step_at(past) for c in candidates}
-        times = measure(calls, rounds=rounds)
-        for row, candidate in zip(rows, candidates, strict=True):
-            row.append(times[candidate.name].median_seconds * 1e3 / STEPS_OF_A_CALL)
-        if past == PASTS[0]:
-            least = [times[c.name].best_seconds * 1e3 / STEPS_OF_A_CALL for c in candidates]
-    return [(*row, fastest) for row, fastest in zip(rows, least, strict=True)]
+def _columns(
+    found: Sequence[Candidate], pasts: Sequence[int], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Heading -> candidate -> milliseconds."""
+    steps = {
+        f"ms at {past}": _timed([(c.name, c.decode, past) for c in found], rounds, STEPS)
+        for past in pasts
+    }
+    few = max(rounds // 3, 3)
+    prompts = {
+        f"prompt of {size}": _timed([(c.name, c.prefill, size) for c in found], few, 1)
+        for size in PROMPTS
+    }
+    return steps | prompts
+
+
+def _result(
+    model: str,
+    columns: Mapping[str, Mapping[str, float]],
+    found: Sequence[Candidate],
+    absent: Sequence[str],
+) -> Result:
+    """A row for each candidate."""
+    speed = bandwidth()
+    rows: list[tuple[object, ...]] = []
+    for candidate in found:
+        read = candidate.weight_bytes
+        sizes = ("", "") if read is None else (read / 1e6, read / speed * 1e3)
+        times = (column[candidate.name] for column in columns.values())
+        rows.append((candidate.name, *sizes, *times))
+    rows += [(name, *["absent"] * (len(columns) + 2)) for name in absent]
+    title = {"llama": "A Llama of 88 million parameters", "trained": "The trained language model"}
+    return Result(
+        name="decode" if model == "llama" else "decode_trained",
+        title=f"{title[model]}, batch 1: milliseconds a token and for a prompt",
+        columns=("candidate", "MB", "ms to read", *columns),
+        rows=rows,
+        notes=(
+            f"Medians of interleaved turns, {STEPS} steps each. Ours goes through `Decoder.step` "
+            "with caches bound, the builder's models are bare sessions with theirs bound, runners "
+            "include the search for the next token",
+            "MB: of the weights a step reads; ms to read them at the "
+            f"{speed / 1e9:.0f} GB/s that a sum over a large tensor reaches here",
+        ),
+    )
+
+
+def _timed(
+    calls: Sequence[tuple[str, Callable[[int], Call], int]], rounds: int, steps: int
+) -> dict[str, float]:
+    """Median milliseconds of each, in turns."""
+    times = measure({name: make(size) for name, make, size in calls}, rounds=rounds)
+    return {name: timing.median_seconds * 1e3 / steps for name, timing in times.items()}
 
 
 def bandwidth() -> float:
-    """Bytes a second that both cores read from memory: the sum of a large tensor."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    """Bytes a second that all cores read from memory: the sum of a large tensor."""
     large = torch.ones(2**26)
-    timing = measure({"read": large.sum}, rounds=15)["read"]
-    torch.set_num_threads(before)
-    return large.numel() * 4 / timing.best_seconds
+    return large.numel() * 4 / measure({"read": large.sum}, rounds=15)["read"].best_seconds
 
 
 if __name__ == "__main__":

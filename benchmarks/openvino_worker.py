@@ -3,7 +3,7 @@
 ``python openvino_worker.py MODEL.onnx CALIBRATION.npz THREADS`` runs in an environment of its own
 with ``openvino`` and ``nncf``; it imports nothing of this project. It quantizes the model after
 training, for transformers, then obeys lines on its standard input and answers each with ``done``:
-``load INPUTS.npz``, ``run``, and ``save OUTPUT.npy`` for the first output of the last run.
+``load INPUTS.npz``, ``run TIMES``, and ``save OUTPUT.npy`` for the first output of the last run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def main() -> None:
         if order == "load":
             inputs = dict(np.load(name))
         elif order == "run":
-            output = request.infer(inputs)[0]
+            for _ in range(int(name)):
+                output = request.infer(inputs)[0]
         elif order == "save":
             np.save(name, output)
         print("done", flush=True)

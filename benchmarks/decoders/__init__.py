@@ -1,0 +1,1 @@
+"""Decoders that `benchmarks.decode` times: ours, and what others make of the same model."""

@@ -1,0 +1,107 @@
+"""Folders that onnxruntime-genai runs: what its own model builder makes, and our layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.decoders.candidate import STEPS, Call, Candidate, Sizes, prompt, token
+from lamella.backends.onnxruntime.session import Session
+from lamella.backends.onnxruntime.threads import physical_cores
+
+PRECISIONS = (("int4", 32), ("int4", 128), ("fp32", 32))
+"""Precision and block; the builder's own default is 32."""
+
+
+def is_there() -> bool:
+    """Whether the package is installed."""
+    return importlib.util.find_spec("onnxruntime_genai") is not None
+
+
+def built(source: Path, place: Path, sizes: Sizes) -> Iterator[Candidate | str]:
+    """Sessions of what the builder makes, its caches bound as ours; a name for each failure."""
+    for precision, block in PRECISIONS:
+        name = f"genai builder, {precision}" + (f", blocks of {block}" * (precision == "int4"))
+        target = place / f"{precision}-{block}"
+        if not _build(source, target, precision, block):
+            yield name
+            continue
+        yield _bound(name, target / "model.onnx", sizes)
+        if precision == "int4":
+            yield run(f"{name}, in its runner", target)
+
+
+def run(name: str, folder: Path) -> Candidate:
+    """A folder in the runner of onnxruntime-genai, greedy search included."""
+    import onnxruntime_genai as genai
+
+    config: Any = genai.Config(str(folder))
+    threads = {"intra_op_num_threads": physical_cores()}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
+    model: Any = genai.Model(config)
+
+    def generator(room: int) -> Any:
+        options: Any = genai.GeneratorParams(model)
+        options.set_search_options(max_length=room, min_length=room, do_sample=False)
+        return genai.Generator(model, options)
+
+    def decode(past: int) -> Call:
+        made = generator(past + 2 * STEPS + 2)
+        made.append_tokens(prompt(past).numpy().astype("int32"))
+        made.generate_next_token()
+
+        def call() -> None:
+            for _ in range(STEPS):
+                made.generate_next_token()
+            made.rewind_to(past + 1)
+            made.append_tokens(token().numpy().astype("int32"))
+
+        return call
+
+    def prefill(tokens: int) -> Call:
+        made, ids = generator(tokens + 2), prompt(tokens).numpy().astype("int32")
+
+        def call() -> None:
+            made.rewind_to(0)
+            made.append_tokens(ids)
+
+        return call
+
+    return Candidate(name, None, decode, prefill)
+
+
+def _build(source: Path, target: Path, precision: str, block: int) -> bool:
+    words = f"-i {source} -o {target} -p {precision} -e cpu -c {target}"
+    options = ["--extra_options", "int4_accuracy_level=4", f"int4_block_size={block}"]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *words.split(), *options]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def _bound(name: str, path: Path, sizes: Sizes) -> Candidate:
+    session = Session(path)
+    files = [file for file in path.parent.iterdir() if file.name.startswith(path.name)]
+    read = sum(file.stat().st_size for file in files) - sizes.embedding_bytes
+
+    def bound(past: int, new: int) -> Call:
+        call = session.bind()
+        for key in [key for key in session.inputs if key.startswith("past_key_values")]:
+            buffer = torch.zeros(1, sizes.heads, sizes.capacity, sizes.width)
+            call.input(key, buffer)
+            call.output(key.replace("past_key_values", "present"), buffer)
+        call.input("input_ids", prompt(new))
+        call.input("attention_mask", prompt(past + new))
+        call.output("logits", torch.empty(1, new, sizes.vocabulary))
+        return call.run
+
+    def decode(past: int) -> Call:
+        once = bound(past, 1)
+        return lambda: [once() for _ in range(STEPS)]
+
+    return Candidate(name, read, decode, lambda tokens: bound(0, tokens))
