@@ -68,7 +68,7 @@ class Tuner(Times):
             again: Measure what the store knows once more.
             progress: Told how many kernels are measured.
         """
-        self._make_backend, self._folder = backend, folder or user_store()
+        self._make_backend, self._given = backend, folder
         self._again, self._progress = again, progress
         self._new: dict[str, float] = {}
         self._notes: list[str] = []
@@ -124,23 +124,32 @@ class Tuner(Times):
         return taken
 
     @cached_property
+    def _folder(self) -> Path:
+        return self._given or user_store()
+
+    @cached_property
     def _store(self) -> Store:
         threads = getattr(self.backend, "threads", None)
         if threads is None:
             threads = physical_cores() if self.merges else torch.get_num_threads()
-        return Store(self._folder, environment(self.backend.name, threads))
+        return Store(self._folder, environment(_label(self.backend), threads))
 
     @cached_property
     def _held(self) -> Contents:
         held = self._store.read()
         self._problems += held.corrupt
-        others = self._store.others()
-        if others and not held.figures:
+        if self._given is not None and not held.figures:
+            self._refuse_foreign()
+        return held
+
+    def _refuse_foreign(self) -> None:
+        """Say that a folder that was asked for has times of other machines alone."""
+        others, here = self._store.others(), self._store.environment.partition(";")[0]
+        if others and not any(other.startswith(f"{here};") for other in others):
             self._problems.append(
                 f"the times in {str(self._folder)!r} were measured elsewhere "
                 f"({' | '.join(others)}) and are measured anew for {self._store.environment}"
             )
-        return held
 
     @property
     def _figures(self) -> Mapping[str, float]:
@@ -205,6 +214,13 @@ class Tuning(Instrument):
 
     def after_pass(self, step: Step) -> None:
         """Nothing to do."""
+
+
+def _label(backend: Backend) -> str:
+    """The backend, with those of its options that choose other kernels."""
+    provider = getattr(backend, "provider", "")
+    plain = "" if getattr(backend, "contrib", True) else "without contrib"
+    return " ".join(part for part in (backend.name, provider, plain) if part)
 
 
 def _digest(graph: Graph) -> str:

@@ -275,6 +275,11 @@ def test_times_of_another_machine_are_not_used(
     assert "were measured elsewhere" in problem
     assert "another processor, 64 cores" in problem
     assert len(laboratory.measured) == 2
+    # Another backend on the same machine is nothing to speak of.
+    third = Tuner(lambda: OnnxRuntimeBackend(threads=1), tmp_path)
+    third.seconds(KINDS[:1])
+    assert len(laboratory.measured) == 3
+    assert third.take_problems() == ()
 
 
 def test_a_store_that_can_not_be_written_is_said(laboratory: Laboratory, tmp_path: Path) -> None:
