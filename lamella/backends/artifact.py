@@ -21,10 +21,15 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
 from lamella.backends.manifest import MANIFEST, read_manifest, write_manifest
-from lamella.errors import ArtifactError
+from lamella.errors import ArtifactError, LamellaError
 
 _SPARE_BYTES = 2**20
 _LIBRARIES = ("lamella", "torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+
+_MALFORMED = (
+    *(AttributeError, TypeError, ValueError, LookupError, StopIteration, NotImplementedError),
+)
+"""What comes of data that has another form than its reader expects."""
 
 Loaded = TypeVar("Loaded")
 
@@ -147,16 +152,38 @@ def load_artifact(
     """Check a folder and hand it to the loader of its backend.
 
     Raises:
-        ArtifactError: The folder is corrupt, or there is no loader for its backend.
+        ArtifactError: The folder is corrupt, its manifest describes something else than its
+            files hold, or there is no loader for its backend.
     """
     artifact = open_artifact(Path(folder))
-    loader = loaders.get(artifact.description.backend)
+    loader = loaders.get(str(artifact.description.backend))
     if loader is None:
         raise ArtifactError(
             f"{str(folder)!r} was made for the backend {artifact.description.backend!r}, "
             f"known backends are {', '.join(sorted(loaders))}; install the package that has it"
         )
-    return loader(artifact)
+    try:
+        return loader(artifact)
+    except LamellaError as error:
+        error.add_note(_made_with(artifact))
+        raise
+    except _MALFORMED as error:
+        raise ArtifactError(
+            f"the manifest of {str(folder)!r} does not describe what its files hold "
+            f"({type(error).__name__}: {error}); save it again"
+        ) from error
+
+
+def _made_with(artifact: Artifact) -> str:
+    """Which libraries were others when a folder was saved."""
+    here = versions()
+    other = [
+        f"{name} {version} (here {here.get(name, 'none')})"
+        for name, version in artifact.versions.items()
+        if here.get(name) != version
+    ]
+    saved = f"{str(artifact.folder)!r} was saved with"
+    return f"{saved} {', '.join(other)}" if other else f"{saved} the versions installed here"
 
 
 def check_target(folder: Path) -> None:

@@ -97,12 +97,13 @@ def load(artifact: Artifact, backend: Backend) -> GenerativeExecutable:
         outputs = tuple(Source(*source) for source in data["outputs"])
         found = {name: _part(artifact, name, part) for name, part in data["parts"].items()}
         language = Language(data["config"], data["generation_config"], data["architecture"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"the manifest of {str(artifact.folder)!r} does not describe a language model "
             f"({type(error).__name__}: {error}); save the executable again"
         ) from error
     parts = {name: backend.load(part) for name, part in found.items()}
+    _check_layout(layout, parts[STEP])
     report = None if described.report is None else Report.from_json(described.report)
     made = class_for(language.architecture)(
         Parts(parts[STEP], parts.get(ONCE), layout, outputs),
@@ -114,6 +115,32 @@ def load(artifact: Artifact, backend: Backend) -> GenerativeExecutable:
     if (artifact.folder / TOKENIZER).is_dir():
         made.tokenizer = load_tokenizer(artifact.folder / TOKENIZER)
     return made
+
+
+def _check_layout(layout: CacheLayout, step: Executable) -> None:
+    """Refuse a layout that is not that of the graph it comes with.
+
+    Raises:
+        ArtifactError: An input or output is missing, or a slot has another type or shape.
+    """
+    specs = {spec.name: spec for spec in step.inputs}
+    for slot in layout.slots:
+        spec = specs.get(slot.input)
+        shape = () if spec is None else spec.shape[1:]
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        if spec is None or spec.dtype != slot.dtype or sizes != list(slot.shape):
+            raise ArtifactError(
+                f"the manifest says that the cache has {slot.input} of {slot.dtype} "
+                f"{list(slot.shape)}, its graph takes {'no such input' if spec is None else spec}; "
+                f"save it again"
+            )
+    named = {layout.logits, *(slot.output for slot in layout.slots)}
+    missing = sorted(named.difference(step.signature.outputs))
+    if missing:
+        raise ArtifactError(
+            f"the manifest names the outputs {', '.join(missing)}, which its graph does not have; "
+            f"save it again"
+        )
 
 
 def _part(artifact: Artifact, name: str, part: Any) -> Artifact:

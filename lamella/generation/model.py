@@ -232,8 +232,13 @@ class GenerativeExecutable(GenerationMixin, Executable):
             raise GenerationError(f"the model needs the input {self.layout.tokens!r}")
         if cache.state is None:
             once = {name: states[name] for name in self.layout.once}
-            cache.state = self._decoder.start(tokens.shape[0], cache.capacity, once)
+            cache.state = self._decoder.start(tokens.shape[0], self._room(cache.capacity), once)
         return self._decoder.step(cache.state, tokens, mask, positions, last_only=last_only)
+
+    def _room(self, capacity: int) -> int:
+        """Tokens to make room for: a text may end before the positions of the model do."""
+        limit = self.layout.positions_limit
+        return capacity if limit is None else min(capacity, limit)
 
     def _encoded(
         self, input_ids: Tensor | None, mask: Tensor | None, other: Mapping[str, Any]
@@ -276,6 +281,17 @@ class GenerativeExecutable(GenerationMixin, Executable):
     def to(self, *_: Any, **__: Any) -> GenerativeExecutable:
         """Itself: a compiled model stays on the device it was compiled for."""
         return self
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Text from a prompt; arguments and results are those of transformers.
+
+        Raises:
+            GenerationError: The mask is not that of the tokens, there are more tokens than the
+                model has positions for, or something is asked for that it has no answer to.
+        """
+        ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
+        _check_mask(ids, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  (the mixins are models)
 
     def _prepare_cache_for_generation(
         self,
@@ -341,6 +357,24 @@ def config_of(data: Mapping[str, Any]) -> PreTrainedConfig:
     if kind not in CONFIG_MAPPING:
         raise GenerationError(f"transformers has no config for the model type {kind!r}")
     return CONFIG_MAPPING[kind].from_dict(dict(data))
+
+
+def _check_mask(ids: Any, mask: Any, cache: Any) -> None:
+    """Refuse a mask that is not that of the tokens; transformers would cut it, or guess.
+
+    Raises:
+        GenerationError: Its shape is another one.
+    """
+    tokens = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+    if not tokens or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return
+    past = cache.get_seq_length() if isinstance(cache, StateCache) else 0
+    batch, length = ids.shape
+    if tuple(mask.shape) not in ((batch, length), (batch, past + length)):
+        raise GenerationError(
+            f"the mask has shape {list(mask.shape)}, expected {[batch, length]}: an entry for each "
+            f"token of the prompt; give the attention_mask that came with the tokens"
+        )
 
 
 def _refuse(other: Mapping[str, Any]) -> None:

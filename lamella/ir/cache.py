@@ -75,7 +75,7 @@ class CacheLayout:
         once: Inputs that another graph computes once for a sequence (see `Incremental.once`): the
             keys and values of a decoder over the states of its encoder, for example.
         slots: The tensors that go from call to call.
-        positions_limit: Tokens that the table of learned positions holds; None without one.
+        positions_limit: How many positions the tables of the model hold; None without a table.
     """
 
     tokens: str

@@ -129,6 +129,15 @@ def test_positions_of_new_tokens_alone_are_computed(captured):
     assert [str(node.args[1].target) for node in tables] == ["position_ids"]
 
 
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    # 98 rows in the tables of opt and bart, the first two of which no token has.
+    [("gpt2", 96), ("opt", 96), ("bart", 96), ("whisper", 96), ("llama", None), ("t5", None)],
+)
+def test_tables_say_how_many_positions_there_are(captured, name, limit):
+    assert layout_of(incremental(captured(name))).positions_limit == limit
+
+
 def test_a_mask_that_tokens_are_multiplied_by_is_cut_to_the_new_ones(model, sample_inputs):
     given = sample_inputs("mamba", 2, sum(CHUNKS), 1)
     given["attention_mask"] = torch.ones_like(given["input_ids"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class OnnxRuntimeBackend(Backend):
         """The executable in a folder whose digests were checked.
 
         Raises:
-            ArtifactError: The folder is corrupt.
+            ArtifactError: The folder is corrupt, or was made for another provider.
             ProviderError: The package or the provider is missing or did not load.
         """
         described = artifact.description
@@ -111,10 +112,20 @@ class OnnxRuntimeBackend(Backend):
         signature = Signature.from_json(described.signature)
         report = None if described.report is None else Report.from_json(described.report)
         inputs = specs_from_json(described.inputs)
-        return OnnxExecutable(files, self._opener(), signature, inputs, report)
+        return OnnxExecutable(files, self._opener_for(described.details), signature, inputs, report)
 
     def _opener(self) -> Opener:
         return Opener(self.provider, self.threads)
+
+    def _opener_for(self, details: Mapping[str, Any]) -> Opener:
+        """Sessions of a saved model: on the provider that it was made for, and no other."""
+        made_for = details.get("provider", CPU)
+        if self.provider not in (CPU, made_for):
+            raise ArtifactError(
+                f"the model was saved for {made_for}, not for {self.provider}; compile it again "
+                f"with OnnxRuntimeBackend(provider={self.provider!r})"
+            )
+        return Opener(str(made_for), self.threads)
 
 
 def _refuse_bfloat16(graph: Graph) -> None:

@@ -37,6 +37,7 @@ from lamella.rewrite.incremental.attention import (
 )
 from lamella.rewrite.incremental.evaluate import Evaluation
 from lamella.rewrite.incremental.lengths import Lengths
+from lamella.rewrite.incremental.limits import positions_limit
 from lamella.rewrite.incremental.roles import (
     Role,
     is_mask,
@@ -78,7 +79,6 @@ class Builder:
         self.once_names: dict[Node, str] = {}
         self._position_input: Node | None = None
         self.positions_from: Positions = "index"
-        self.positions_limit: int | None = None
         self.lengths: Lengths
         self.rows: Rows
         self.evaluation: Evaluation
@@ -146,15 +146,17 @@ class Builder:
     def layout(self, once: tuple[str, ...]) -> CacheLayout:
         """The layout of the finished graph."""
         graph, given = self.graph, self._position_input
+        taken = given if given in graph.inputs else None
+        limit = None if taken is None else positions_limit(graph, taken, self.evaluation)
         return CacheLayout(
             tokens=str(self.tokens.target),
             mask=str(self.mask.target),
-            positions=str(given.target) if given in graph.inputs else None,
+            positions=None if taken is None else str(taken.target),
             positions_from=self.positions_from,
             logits=graph.signature.outputs[0],
             once=once,
             slots=tuple(slot for slot, _, _ in self.slots),
-            positions_limit=self.positions_limit,
+            positions_limit=limit,
         )
 
     def add_positions(self) -> None:
