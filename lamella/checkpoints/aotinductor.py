@@ -1,8 +1,8 @@
 """A package of AOTInductor with its weights inside: machine code that PyTorch alone runs.
 
 The folder holds ``model.pt2`` and ``model.json``. A process that imports nothing but torch loads
-the package with ``torch._inductor.aoti_load_package`` and calls it with the tensors that the
-description lists, in its order; it gets tensors in the order of the outputs. A language model is
+the package with its ``aoti_load_package`` and calls it with the tensors that the description
+lists, in its order; it gets tensors in the order of the outputs. A language model is
 packaged with its cache: the description says which output of a call is which input of the next.
 """
 

@@ -9,12 +9,14 @@ import pytest
 from tests.meta.source import imports_of, modules, resolve
 
 # What each layer may import, beside itself.
-_BASE = {"errors", "timing"}
+_BASE = {"errors", "timing", "memory"}
 _DATA = _BASE | {"data", "sample_files", "report", "rendering"}
 _IR = _DATA | {"ir"}
 ALLOWED = {
     "errors": set(),
     "timing": set(),
+    "memory": set(),
+    "faithfulness": set(),
     "data": _BASE,
     "sample_files": _BASE,
     "report": _BASE | {"rendering"},
