@@ -14,6 +14,7 @@ import torch
 
 from lamella.backends.base import Backend
 from lamella.backends.onnxruntime.threads import physical_cores
+from lamella.errors import BackendError
 from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
@@ -27,7 +28,7 @@ from lamella.tuning.machine import cache_bytes, environment
 from lamella.tuning.measure import Progress, measure_kernels
 from lamella.tuning.stand_in import stand_in, uniform
 from lamella.tuning.store import Contents, Store, user_store
-from lamella.tuning.whole import call_of_graph, times_of
+from lamella.tuning.whole import Call, call_of_graph, times_of
 
 REFERENCES = (Format(4, 64), Format(8, 64))
 """Plans whose whole models are timed; what their kernels don't explain is the rest."""
@@ -187,6 +188,7 @@ class Tuner(Times):
         made_up = MadeUp()
         models = [stand_in(graph, uniform(graph, format), made_up) for format in REFERENCES]
         calls = [call_of_graph(model, self.backend, workload) for model in models]
+        _try(calls[0], workload)
         merged = self.merges and workload.past is not None
         counts = [kernels_of(products_of(model, workload, self), merged) for model in models]
         kernels = list(dict.fromkeys(kernel for count in counts for kernel in count))
@@ -214,6 +216,15 @@ class Tuning(Instrument):
 
     def after_pass(self, step: Step) -> None:
         """Nothing to do."""
+
+
+def _try(call: Call, workload: Workload) -> None:
+    """Run once, and say of which sizes when that fails."""
+    try:
+        call[0]()
+    except BackendError as error:
+        error.add_note(f"a call of {workload} was timed; ask for another with rows= and past=")
+        raise
 
 
 def _label(backend: Backend) -> str:

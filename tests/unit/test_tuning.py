@@ -13,6 +13,7 @@ import torch
 import lamella
 from lamella.backends.onnxruntime.backend import OnnxRuntimeBackend
 from lamella.backends.torch.eager import EagerBackend
+from lamella.errors import BackendError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import lam
 from lamella.ir.quantize import Format
@@ -307,6 +308,21 @@ def test_the_rest_is_what_kernels_don_t_explain(
     assert laboratory.whole == 2
     _tuner(tmp_path).rest(graph, Workload(1, 1, 8))
     assert laboratory.whole == 4
+
+
+def test_a_call_that_fails_says_how_to_ask_for_another(
+    laboratory: Laboratory,
+    tmp_path: Path,
+    captured: Callable[[str], Graph],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> None:
+        raise BackendError("sizes don't fit")
+
+    monkeypatch.setattr(tuner, "call_of_graph", lambda *_: (fails, 1))
+    with pytest.raises(BackendError) as caught:
+        _tuner(tmp_path).rest(captured("bert"), Workload(1, 3))
+    assert any("rows=" in note for note in caught.value.__notes__)
 
 
 def test_a_survey_has_every_shape_in_every_format(

@@ -44,7 +44,8 @@ class AllocateBits(Transform):
             weights that get a format (4 bits in blocks of 32 with float16 scales are 4.5);
             ``30%`` (or 0.3) is a share of the bytes of all weights of the model as it is;
             ``12MB`` is the bytes of all weights afterwards; ``3.2ms`` is the time of a call, for
-            which kernels are measured on this machine unless their times are known.
+            which kernels are measured on this machine unless their times are known (an embedding,
+            of which a call reads few rows, takes none).
         unit: The unit of a budget that is a plain number: ``ms``, ``MB``, ``bits``, ….
         rows: With a budget in milliseconds, what the call reads: for a language model with a
             past the sequences that each read one token, else the tokens of one input; None means
