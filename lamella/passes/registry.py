@@ -12,6 +12,7 @@ from lamella.passes.analyses.branch_similarity import BranchSimilarity
 from lamella.passes.analyses.cost import Cost
 from lamella.passes.analyses.latency import Latency
 from lamella.passes.analyses.layer_input_modification import LayerInputModification
+from lamella.passes.analyses.relevance import Relevance
 from lamella.passes.analyses.z_score_distribution import ZScoreDistribution
 from lamella.passes.base import Analysis, Transform
 from lamella.passes.transforms.allocate_bits import AllocateBits
@@ -38,6 +39,7 @@ ANALYSES: tuple[type[Analysis[Any]], ...] = (
     Latency,
     BranchSimilarity,
     LayerInputModification,
+    Relevance,
     ZScoreDistribution,
 )
 """The built-in analyses, in the order in which they are listed."""

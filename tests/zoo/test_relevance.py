@@ -60,7 +60,7 @@ def test_the_ledger_closes_and_every_node_is_covered(family: str, preset: str):
     wide = in_double(made.graph)(**double_inputs(inputs), seed=seed)
     narrow = made.graph(**inputs, seed=seed.float())
     for values, bound in ((wide, 1e-11), (narrow, 1e-4)):
-        start = values["ledger.start"]
+        start = values["start"]
         rest = start - values["ledger.inputs"].sum() - values["ledger.leaks"].sum()
         # Sums telescope: what is left is the rounding of the coefficients.
         assert abs(float(rest / start)) <= bound

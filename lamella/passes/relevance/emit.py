@@ -15,17 +15,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
 from lamella.errors import GraphError, closest
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten
+from lamella.ir.runner import token_mask
 from lamella.passes.relevance.folding import fold_batch_norms
 from lamella.passes.relevance.ledger import Entry, Line, amount, lines_of, widened
 from lamella.passes.relevance.request import Request, Tap
 from lamella.passes.relevance.sweep import Sweep, carrying_nodes, places_of
-from lamella.passes.relevance.traced import Recorder, Shapes
+from lamella.passes.relevance.traced import Recorder, Recording, Shapes, Traced
 from lamella.rewrite.incremental.once import flat_signature
 from lamella.rules.relevance.presets import Preset
 from lamella.rules.relevance.roles import roles_of, sources_of
@@ -34,6 +36,9 @@ from lamella.rules.relevance.view import zeros_for
 SEED = "seed"
 """Name of the input for the coefficient of the output."""
 
+LABEL = "label"
+"""Name of the input for the class of each row, ``[batch]``, integers."""
+
 
 @dataclass(frozen=True)
 class RelevanceGraph:
@@ -41,9 +46,10 @@ class RelevanceGraph:
 
     Attributes:
         graph: Called with the inputs of the model by name, and ``seed`` unless the request has a
-            seed of its own. Gives a dict: the outputs of the model by their names, and
-            ``"relevance.<input>"`` for each source, ``"tap.<name>"``, ``"ledger.start"``
-            (``<seed, output>``), ``"ledger.inputs"`` and ``"ledger.leaks"`` (vectors).
+            seed of its own. Gives a dict: the outputs of the model by their names;
+            ``"relevance.<input>"`` for each source; ``"tap.<name>"``; with taps or a ledger
+            ``"start"`` (``<seed, output>`` in float64); and with a ledger the vectors
+            ``"ledger.inputs"`` (the sum of each source) and ``"ledger.leaks"``.
         sources: What relevance is asked for: name of an input -> name of the node whose value it
             is the relevance of (the input itself, or the embedding of an integer input).
         ledger: What the entries of ``"ledger.leaks"`` are.
@@ -75,7 +81,7 @@ def emit(
             nothing that is explained depends on an input that relevance can be asked for.
     """
     emission = _Emission(graph, preset, request or Request(), shapes)
-    with emission.graph.author("relevance"):
+    with emission.graph.author("relevance"), Recording(emission.recorder):
         emission.sweep_all()
         return emission.finished()
 
@@ -95,8 +101,8 @@ class _Emission:
         self.roles = roles_of(self.graph, self.sources.values())
         self.recorder = Recorder(self.graph, {} if shapes is None else shapes)
         self.target = self._explained()
+        self.mask = token_mask(self.graph, self.target)
         self.sweep = self._prepared()
-        self.seed = self._seed()
 
     def sweep_all(self) -> None:
         """Compute the coefficients of everything that is wanted."""
@@ -105,6 +111,7 @@ class _Emission:
                 f"output {self._output_name()!r} does not depend on a value whose relevance is "
                 f"wanted; relevance starts from floating-point inputs and embeddings of integers"
             )
+        self.seed = self._seed()
         self.sweep.run(self.target, self.seed, [n for n in self.nodes if n.op != "output"])
 
     def finished(self) -> RelevanceGraph:
@@ -114,12 +121,15 @@ class _Emission:
             for name, node in self.sources.items():
                 outputs[f"relevance.{name}"] = self._relevance(node).node
         outputs |= {f"tap.{tap.name}": self._tap(tap).node for tap in self.request.taps}
+        if self.request.ledger or self.request.taps:
+            outputs["start"] = amount(self.recorder.value(self.target), self.seed).node
         lines: list[Line] = []
         if self.request.ledger:
             lines = lines_of(self.sweep.steps, self.recorder, self.roles)
             outputs |= self._ledger(lines)
         inputs = self.graph.signature.inputs
         names = inputs if self.request.seed is not None else (*inputs, SEED)
+        names = (*names, LABEL) if self.request.seed is not None and self.request.label else names
         self.graph.set_outputs(outputs.values(), flat_signature(names, tuple(outputs)))
         reached = tuple(node.name for node in self.sweep.coefficients)
         self.graph.finish()
@@ -153,11 +163,28 @@ class _Emission:
         return self.graph.signature.outputs[self.graph.outputs.index(self.target)]
 
     def _seed(self) -> Any:
-        if self.request.seed is not None:
-            return self.request.seed(self.recorder.value(self.target))
-        if SEED in self.graph.signature.inputs:
-            raise GraphError(f"the model has an input {SEED!r} itself; give the request a seed")
-        return self.recorder.value(self.graph.add_input(SEED, self.target.meta["val"]))
+        output = self.recorder.value(self.target)
+        if self.request.seed is None:
+            return self._new_input(SEED, self.target.meta["val"])
+        if not self.request.label:
+            return self._on_tokens(self.request.seed(output))
+        value = self.target.meta["val"]
+        with self.graph.fake_mode():
+            fake = torch.empty((value.shape[0],), dtype=torch.int64, device=value.device)
+        return self._on_tokens(self.request.seed(output, self._new_input(LABEL, fake)))
+
+    def _new_input(self, name: str, fake: Tensor) -> Traced:
+        if name in self.graph.signature.inputs:
+            raise GraphError(f"the model has an input {name!r} itself, which would be taken twice")
+        return self.recorder.value(self.graph.add_input(name, fake))
+
+    def _on_tokens(self, seed: Any) -> Any:
+        """`seed` without the tokens that an attention mask hides."""
+        if self.mask is None or seed.ndim < 3:
+            return seed
+        shown = self.recorder.value(self.mask) != 0
+        shape = [*shown.shape, *[1] * (seed.ndim - 2)]
+        return aten.where.ScalarOther(aten.reshape.default(shown, shape), seed, 0.0)
 
     def _prepared(self) -> Sweep:
         ends = frozenset(self.sources.values())
@@ -196,10 +223,8 @@ class _Emission:
         return tap.function(*pairs)
 
     def _ledger(self, lines: Iterable[Line]) -> dict[str, Node]:
-        start = amount(self.recorder.value(self.target), self.seed)
         sums = [aten.sum.default(widened(self._relevance(n))) for n in self.sources.values()]
         return {
-            "ledger.start": start.node,
             "ledger.inputs": aten.stack.default(sums).node,
             "ledger.leaks": aten.stack.default([line.amount for line in lines]).node,
         }

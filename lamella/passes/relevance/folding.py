@@ -17,14 +17,15 @@ def fold_batch_norms(graph: Graph) -> dict[str, str]:
     """Fold, in place, every batch norm that is the only reader of a convolution.
 
     Returns:
-        Name of the norm that went -> name of the convolution that computes its value.
+        Names of a norm and of the convolution before it -> name of the convolution that stands
+        for both.
     """
     replaced: dict[str, str] = {}
     for norm in graph.find(aten.batch_norm.default):
         layer = graph.operand(norm, "input")
         if _is_convolution(layer) and len(layer.users) == 1 and not graph.operand(norm, "training"):
             folded = _folded(graph, layer, norm)
-            replaced |= {norm.name: folded.name}
+            replaced |= {norm.name: folded.name, layer.name: folded.name}
             graph.replace(norm, folded)
     if replaced:
         graph.finish()

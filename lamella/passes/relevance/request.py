@@ -8,8 +8,8 @@ from typing import Any
 
 from lamella.ir.ops import aten
 
-Seed = Callable[[Any], Any]
-"""From the output of the model to its coefficient; a plain tensor function."""
+Seed = Callable[..., Any]
+"""From the output of the model (and labels) to its coefficient; a plain tensor function."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Request:
 
     Attributes:
         output: Which flat output of the model is explained, by name or number.
-        seed: Its coefficient; None adds an input ``seed`` of the shape of the output.
+        seed: Its coefficient; None adds an input ``seed`` of the shape of the output. A seed that
+            is computed leaves out the tokens that an attention mask hides.
+        label: Whether the seed is called with a second argument, a new integer input ``label``
+            with one class for each row.
         inputs: Whether the relevance of the inputs is wanted.
         taps: What else is wanted.
         ledger: Whether to account for what every node keeps of the relevance it gets.
@@ -42,6 +45,7 @@ class Request:
 
     output: str | int = 0
     seed: Seed | None = None
+    label: bool = False
     inputs: bool = True
     taps: tuple[Tap, ...] = ()
     ledger: bool = False

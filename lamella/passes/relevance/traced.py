@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.overrides import TorchFunctionMode
 
 from lamella.ir.graph import Graph
 from lamella.ir.ops import OpOverload, aten
@@ -63,10 +64,12 @@ class Recorder:
         graph: The graph that grows.
         shapes: Fake values of operations that are known already; may be shared by the emissions
             for one model, which have most operations in common.
+        is_writing: Whether a node is being written, so that operators run on fake values.
     """
 
     graph: Graph
     shapes: Shapes = field(default_factory=dict[Any, Any])
+    is_writing: bool = False
     _written: dict[Any, Traced] = field(default_factory=dict[Any, "Traced"])
     _sizes: dict[str, Traced] = field(default_factory=dict[str, "Traced"])
 
@@ -100,9 +103,36 @@ class Recorder:
         known = self.shapes.get(case)
         like: Any = None if known is None else SimpleNamespace(meta={"val": known})
         last = self.graph.output
+        self.is_writing = True
         node = self.graph.call(target, *args, before=last, like=like, **kwargs)
+        self.is_writing = False
         self.shapes[case] = node.meta["val"]
         return node
+
+
+class Recording(TorchFunctionMode):
+    """While it is active, new constant tensors are traced values as well."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        """Constants become nodes of the graph of `recorder`."""
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Remember what makes a tensor of numbers; leave the rest alone."""
+        kwargs = kwargs or {}
+        if func in _CREATING and not self.recorder.is_writing:
+            return Traced(self.recorder, operation=(func, args, dict(kwargs)))
+        return func(*args, **kwargs)
+
+
+_CREATING = frozenset({aten.full.default, aten.arange.start_step, aten.scalar_tensor.default})
 
 
 class Traced:
@@ -179,6 +209,23 @@ class Traced:
                 f"a traced tensor has no {name!r}; call the operator, torch.ops.aten.{name}"
             )
         return lambda *args, **kwargs: self._then(target, self, *args, **kwargs)
+
+    def sum(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Traced:
+        """The sum over some axes, or over all."""
+        return self._reduced(aten.sum.default, aten.sum.dim_IntList, dim, keepdim)
+
+    def mean(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Traced:
+        """The mean over some axes, or over all."""
+        return self._reduced(aten.mean.default, aten.mean.dim, dim, keepdim)
+
+    def to(self, dtype: torch.dtype) -> Traced:
+        """The value in another dtype."""
+        return self._then(aten.to.dtype, self, dtype)
+
+    def _reduced(self, whole: Target, over: Target, dim: Any, keepdim: bool) -> Traced:
+        if dim is None:
+            return self._then(whole, self)
+        return self._then(over, self, [dim] if isinstance(dim, int) else list(dim), keepdim)
 
     def __getitem__(self, place: int) -> Traced:
         """One of several results."""

@@ -113,8 +113,17 @@ CASES: dict[str, Case] = {
     ),
     "batch norm": (
         aten.batch_norm.default,
-        (IMAGE, draw(3, seed=1), draw(3, seed=2), draw(3, seed=3), draw(3, seed=4).abs())
-        + (False, 0.1, 1e-5, False),
+        (
+            IMAGE,
+            draw(3, seed=1),
+            draw(3, seed=2),
+            draw(3, seed=3),
+            draw(3, seed=4).abs(),
+            False,
+            0.1,
+            1e-05,
+            False,
+        ),
     ),
     "max pooling": (aten.max_pool2d.default, (IMAGE, [3, 2], [1, 2], [1, 0])),
     "average pooling": (aten.avg_pool2d.default, (IMAGE, [2, 3], [2, 1], [1, 1])),
@@ -152,22 +161,39 @@ CASES: dict[str, Case] = {
     ),
     "rotary pairs": (
         lam.rotary_embedding.default,
-        (draw(2, 4, 6), draw(4, 3).repeat_interleave(2, 1), draw(4, 3, seed=1)) + (True,),
+        (draw(2, 4, 6), draw(4, 3).repeat_interleave(2, 1), draw(4, 3, seed=1), True),
     ),
     "selective scan": (
         lam.selective_scan.default,
-        (draw(2, 3, 5), draw(2, 3, 5, seed=1).abs(), -draw(3, 4, seed=2).abs())
-        + (draw(2, 4, 5, seed=3), draw(2, 4, 5, seed=4)),
+        (
+            draw(2, 3, 5),
+            draw(2, 3, 5, seed=1).abs(),
+            -draw(3, 4, seed=2).abs(),
+            draw(2, 4, 5, seed=3),
+            draw(2, 4, 5, seed=4),
+        ),
     ),
     "scan of heads": (
         lam.head_scan.default,
-        (draw(2, 5, 4, 3), draw(2, 5, 4, seed=1).abs(), -draw(4, seed=2).abs())
-        + (draw(2, 5, 2, 6, seed=3), draw(2, 5, 2, 6, seed=4)),
+        (
+            draw(2, 5, 4, 3),
+            draw(2, 5, 4, seed=1).abs(),
+            -draw(4, seed=2).abs(),
+            draw(2, 5, 2, 6, seed=3),
+            draw(2, 5, 2, 6, seed=4),
+        ),
     ),
     "attention": (
         aten.scaled_dot_product_attention.default,
-        (draw(2, 4, 5, 6), draw(2, 4, 7, 6, seed=1), draw(2, 4, 7, 3, seed=2))
-        + (draw(1, 1, 5, 7, seed=3), 0.0, False, 0.3),
+        (
+            draw(2, 4, 5, 6),
+            draw(2, 4, 7, 6, seed=1),
+            draw(2, 4, 7, 3, seed=2),
+            draw(1, 1, 5, 7, seed=3),
+            0.0,
+            False,
+            0.3,
+        ),
     ),
     "causal attention": (
         aten.scaled_dot_product_attention.default,
@@ -175,8 +201,16 @@ CASES: dict[str, Case] = {
     ),
     "attention in groups": (
         aten.scaled_dot_product_attention.default,
-        (draw(2, 4, 5, 6), draw(2, 2, 5, 6, seed=1), draw(2, 2, 5, 6, seed=2))
-        + (draw(5, 5, seed=5) > -1, 0.0, False, None, True),
+        (
+            draw(2, 4, 5, 6),
+            draw(2, 2, 5, 6, seed=1),
+            draw(2, 2, 5, 6, seed=2),
+            draw(5, 5, seed=5) > -1,
+            0.0,
+            False,
+            None,
+            True,
+        ),
     ),
 }
 CASES["rotary pairs"] = (

@@ -18,7 +18,7 @@ from lamella.rules.relevance.contraction import convolution, epsilon, linear
 from lamella.rules.relevance.rule import Rule
 
 Table = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From contributions ``[i, j]``, biases, sums ``[j]`` and relevance ``[j]`` to relevance ``[i]``."""
+"""From contributions ``[i, j]``, biases, sums and relevance ``[j]`` to relevance ``[i]``."""
 
 # Quotients of sums in float64, where a sum may cancel to a millionth of its terms.
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-8}
