@@ -90,6 +90,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "gptj": _like_gpt("GPTJ", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=96),
     "falcon": _like_gpt("Falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
     # Distances are added to the scores.
+    "bloom": _like_gpt("Bloom", hidden_size=32, n_layer=2, n_head=4),
     "mpt": _like_gpt("Mpt", d_model=32, n_heads=4, n_layers=2, max_seq_len=96),
     "falcon_mamba": _like_gpt("FalconMamba", hidden_size=32, num_hidden_layers=2, state_size=4),
     # Some layers attend, the others keep a state.

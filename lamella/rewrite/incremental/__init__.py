@@ -14,6 +14,7 @@ from lamella.ir.cache import Source
 from lamella.ir.graph import Graph
 from lamella.rewrite.incremental.attention import Site
 from lamella.rewrite.incremental.build import Builder, attended
+from lamella.rewrite.incremental.flat_heads import raise_flat_heads
 from lamella.rewrite.incremental.once import Split, flat_signature, split_once
 from lamella.rewrite.incremental.states import (
     Convolution,
@@ -58,6 +59,7 @@ def incremental(graph: Graph) -> Incremental:
     """
     step = graph.copy()
     with step.author("cache"):
+        raise_flat_heads(step)
         builder = Builder(step)
         split = split_once(builder, graph.copy())
         places = _add_slots(builder)
