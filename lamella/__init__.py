@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lamella.checkpoints.save import save_checkpoint
     from lamella.data import Samples
     from lamella.errors import LamellaError
+    from lamella.explanation.explaining import explain
     from lamella.ir.graph import Graph
     from lamella.passes.base import Analysis, Effect, Transform
     from lamella.report import Report
@@ -42,6 +43,7 @@ __all__ = [
     "analyze",
     "capture",
     "compile",
+    "explain",
     "load",
     "lower",
     "save_checkpoint",
@@ -62,6 +64,7 @@ _HOMES = {
     "analyze": "lamella.api",
     "capture": "lamella.api",
     "compile": "lamella.api",
+    "explain": "lamella.explanation.explaining",
     "load": "lamella.api",
     "lower": "lamella.api",
     "save_checkpoint": "lamella.checkpoints.save",

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lamella
-from lamella.cli import bench, bisect, compile, generate, inspect, passes, tune
+from lamella.cli import bench, bisect, compile, explain, generate, inspect, passes, tune
 from lamella.cli.console import out, settings, show_warnings
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("compile")(compile.compile_model)
 app.command("generate")(generate.generate_text)
+app.command("explain")(explain.explain_text)
 app.command("inspect")(inspect.inspect_model)
 app.command("passes")(passes.list_passes)
 app.command("bench")(bench.bench_artifacts)

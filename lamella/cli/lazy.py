@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lamella import api, plugins, recipe, sample_files
     from lamella.backends import artifact, inputs
     from lamella.checkpoints import save
+    from lamella.explanation import explaining
     from lamella.ir import ops
     from lamella.passes import bisect, instruments, options
     from lamella.passes.analyses import cost
@@ -30,6 +31,7 @@ else:
     artifact = _Lazy("lamella.backends.artifact")
     bisect = _Lazy("lamella.passes.bisect")
     cost = _Lazy("lamella.passes.analyses.cost")
+    explaining = _Lazy("lamella.explanation.explaining")
     inputs = _Lazy("lamella.backends.inputs")
     instruments = _Lazy("lamella.passes.instruments")
     ops = _Lazy("lamella.ir.ops")
@@ -48,6 +50,7 @@ __all__ = [
     "artifact",
     "bisect",
     "cost",
+    "explaining",
     "inputs",
     "instruments",
     "machine",

@@ -35,9 +35,10 @@ ALLOWED = {
     "api": _IR
     | {"rewrite", "rules", "passes", "backends", "checkpoints", "generation", "plugins"}
     | {"recipe", "latency", "tuning"},
+    "explanation": _IR | {"rules", "passes", "api"},
     "cli": _IR
     | {"rules", "passes", "backends", "checkpoints", "plugins", "recipe", "tuning", "api"}
-    | {"__init__"},
+    | {"explanation", "__init__"},
 }
 
 # Packages that are optional, or that take seconds to import where few users need them.

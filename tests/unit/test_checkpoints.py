@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from lamella.checkpoints.reference import reference_of
 from lamella.checkpoints.safetensors_writer import write_safetensors, write_shards
 from lamella.checkpoints.save import save_checkpoint
 from lamella.checkpoints.weights import weights_for
-from lamella.cli import console, main
 from lamella.errors import ArtifactError, CheckpointError
 from lamella.ir.capture import capture_module
 from lamella.ir.graph import Graph
@@ -289,50 +287,34 @@ def test_layers_are_renumbered(graph):
 # ---- the command line ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """``status, out, err = cli("compile", …)``, without a new process."""
-    monkeypatch.setattr("lamella.cli.app.show_warnings", lambda: None)
-    monkeypatch.setattr(console.out, "_width", 200)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lamella", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        text = capsys.readouterr()
-        return int(ended.value.code or 0), text.out, text.err
-
-    return run
-
-
 def test_compile_writes_a_checkpoint_instead_of_an_executable_or_beside_it(
-    cli, tmp_path, language_model
+    lamella_cli, tmp_path, language_model
 ):
     options = ("--pass", "quantize-weights bits=8", "--checkpoint", tmp_path / "alone")
     formats = ("--format", "compressed-tensors")
-    status, out, err = cli("compile", language_model, *options, *formats)
+    status, out, err = lamella_cli("compile", language_model, *options, *formats)
     assert (status, err) == (0, "")
     assert "compressed-tensors in " in out
     assert (tmp_path / "alone/config.json").is_file()
 
     both = ("--checkpoint", tmp_path / "model", "--out", tmp_path / "out", "-b", "eager", "--json")
-    status, out, _ = cli("compile", language_model, "--pass", "drop-blocks blocks=0", *both)
+    status, out, _ = lamella_cli("compile", language_model, "--pass", "drop-blocks blocks=0", *both)
     assert status == 0
     assert json.loads(out)["checkpoints"][0]["format"] == "huggingface"
     assert lamella.load(tmp_path / "out").backend == "eager"
     assert lamella.capture(tmp_path / "model").origin.config["num_hidden_layers"] == 1
 
 
-def test_compile_refuses_places_and_formats_at_once(cli, tmp_path, language_model):
+def test_compile_refuses_places_and_formats_at_once(lamella_cli, tmp_path, language_model):
     drop = ("--pass", "drop-blocks blocks=0")
-    status, _, err = cli("compile", language_model, *drop)
+    status, _, err = lamella_cli("compile", language_model, *drop)
     assert status == 2
     assert "say where to write: --out" in err
-    status, _, err = cli("compile", "nowhere", *drop, "--checkpoint", language_model)
+    status, _, err = lamella_cli("compile", "nowhere", *drop, "--checkpoint", language_model)
     assert status == 2
     assert "give a new or an empty folder" in err
     place = ("--checkpoint", tmp_path / "out", "--format", "guff")
-    status, _, err = cli("compile", "nowhere", *drop, *place)
+    status, _, err = lamella_cli("compile", "nowhere", *drop, *place)
     assert status == 2
     assert "did you mean 'gguf'?" in err
 

@@ -100,7 +100,7 @@ class Relevance(Analysis[RelevanceReport]):
         if not rows:
             raise SamplesError("there are no samples; give at least one input dict")
         means = {name: total / rows for name, total in totals.items()}
-        return _report(graph, made, means, self._named(rows))
+        return report_of(graph, made, means, self._named(rows))
 
     def _named(self, rows: int) -> tuple[str, int]:
         return preset_of(self.preset).name, rows
@@ -144,9 +144,18 @@ def _add_up(totals: Totals, found: Mapping[str, Tensor]) -> None:
         totals[name] = totals[name] + amounts if name in totals else amounts
 
 
-def _report(
+def report_of(
     graph: Graph, made: RelevanceGraph, means: Totals, named: tuple[str, int]
 ) -> RelevanceReport:
+    """A report of what a relevance graph gave.
+
+    Args:
+        graph: Of the model.
+        made: The relevance graph, with the taps of this analysis.
+        means: ``"start"``, ``"tap.…"`` and ``"ledger.…"`` as it gives them, in float64 and over
+            the rows, and flow and mass of each ``"relevance.<input>"``.
+        named: Name of the preset, and how many rows there were.
+    """
     start = means["start"]
     inputs = {name: _amounts(means[f"relevance.{name}"]) for name in made.sources}
     ledger: dict[str, float] = {}
