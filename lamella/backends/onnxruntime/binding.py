@@ -12,6 +12,7 @@ from torch.fx import Node
 from lamella.backends.onnxruntime.emission import Call
 from lamella.backends.onnxruntime.emit.rotary_tables import rotated_alike, rows_of, table_of
 from lamella.errors import ArtifactError
+from lamella.ir.cache import CacheLayout
 from lamella.ir.graph import Graph
 
 lam = torch.ops.lamella
@@ -70,7 +71,7 @@ def binding_of(graph: Graph) -> Binding | None:
     mask = graph.inputs[names.index(layout.mask)]
     windowed = any(call["window"] for call in calls)
     limit = rows_of(graph) if any(_takes_tables(graph, call) for call in calls) else None
-    return Binding(_padding(calls, mask, layout.slots), windowed, limit)
+    return Binding(_padding(calls, mask, layout), windowed, limit)
 
 
 def _fits(call: Call) -> bool:
@@ -95,12 +96,28 @@ def _goes_out(present: Node) -> bool:
     return all(user.op == "output" for user in present.users)
 
 
-def _padding(calls: list[Call], mask: Node, slots: Any) -> Padding:
+def _padding(calls: list[Call], mask: Node, layout: CacheLayout) -> Padding:
     readers = [u for u in mask.users if u.target is not torch.ops.aten.sym_size.int]
     attending = [call for call in calls if call["mask"] is not None]
     if not attending:
         return "given"
+    if layout.positions is None and _sizes_tensors(mask):
+        # What is as long as the mask would count the hidden tokens that have no row.
+        return "general"
     alone = all(u.target is lam.cached_attention.default for u in readers)
     direct = len(attending) == len(calls) and all(call["mask"] is mask for call in calls)
-    plain = all(call["bias"] is None for call in calls) and all(slot.grows for slot in slots)
+    plain = all(call["bias"] is None for call in calls)
+    plain = plain and all(slot.grows for slot in layout.slots)
     return "compact" if alone and direct and plain else "general"
+
+
+def _sizes_tensors(mask: Node) -> bool:
+    """Whether tensors are made whose sizes follow from that of the mask."""
+    sizes = [user for user in mask.users if user.target is torch.ops.aten.sym_size.int]
+    for node in sizes:
+        for user in node.users:
+            if isinstance(user.meta.get("val"), torch.Tensor):
+                return True
+            if user not in sizes:
+                sizes.append(user)
+    return False
