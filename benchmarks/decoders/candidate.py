@@ -41,7 +41,7 @@ class Sizes:
         vocabulary: Tokens.
         heads: Heads of keys and values.
         width: Of a head.
-        embedding_bytes: Bytes of the table of embeddings in float32.
+        embedding_bytes: Bytes of the table of embeddings in float32; 0 when the head reads it too.
         capacity: Positions.
     """
 
@@ -55,11 +55,12 @@ class Sizes:
     def of(cls, model: LlamaForCausalLM) -> Sizes:
         """The sizes of `model`."""
         config = model.config
+        table = config.vocab_size * config.hidden_size * 4
         return cls(
             vocabulary=config.vocab_size,
             heads=config.num_key_value_heads,
             width=config.head_dim,
-            embedding_bytes=config.vocab_size * config.hidden_size * 4,
+            embedding_bytes=0 if config.tie_word_embeddings else table,
             capacity=config.max_position_embeddings,
         )
 

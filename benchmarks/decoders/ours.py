@@ -19,10 +19,11 @@ MIXED = "5"
 """Bits per weight of the mixed plan, by the error of the weights."""
 
 
-def quantized(graph: Graph, bits: int, block: int) -> Graph:
+def quantized(graph: Graph, bits: int, block: int, activations: str = "none") -> Graph:
     """A copy with every linear layer at `bits`."""
     chosen = graph.copy()
-    QuantizeWeights(bits=bits, block=block).run(chosen, Analyses(chosen))
+    pass_ = QuantizeWeights(bits=bits, block=block, activations=activations)
+    pass_.run(chosen, Analyses(chosen))
     chosen.finish()
     return chosen
 
@@ -45,6 +46,8 @@ def ours(graph: Graph, capacity: int) -> Iterator[Candidate]:
         else:
             name = f"lamella, {bits} bits, blocks of {block}"
             yield candidate(name, quantized(graph, bits, block), capacity)
+    integers = quantized(graph, 8, 128, "int8-tensor")
+    yield candidate("lamella, 8 bits, 8-bit activations", integers, capacity)
     yield candidate(f"lamella, {MIXED} bits mixed", mixed(graph), capacity)
 
 
