@@ -99,6 +99,7 @@ def _elementwise(add: Callable[..., None]) -> None:
     add("elementwise", aten.logical_and.default, aten.logical_or.default)
     add("elementwise", aten.logical_not.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor)
     add("elementwise", aten.bitwise_not.default, aten.isnan.default, aten.prelu.default)
+    add("elementwise", aten.threshold_backward.default, linear_in=("grad_output",))
     add("elementwise", lam.rotary_embedding.default, linear_in=("input",))
 
 

@@ -7,8 +7,8 @@ import operator
 import pytest
 import torch
 
+from lamella.ir.torch_private import tree_leaves
 from lamella.passes.relevance.emit import emit
-from lamella.passes.relevance.request import Request
 from lamella.rules.relevance.presets import GRADIENT, PRESETS
 from lamella.rules.relevance.roles import roles_of, sources_of
 from tests.conftest import _canonical, family_of
@@ -43,11 +43,11 @@ def test_the_gradient_preset_is_autograd_times_input(family: str):
 def test_sizes_other_than_those_of_the_capture(family: str):
     """Nothing of the sample is baked into the graph."""
     sizes = family_of(family).sizes()
-    made = emit(_canonical(family), GRADIENT, Request(seed=lambda output: output))
+    made = emit(_canonical(family), GRADIENT)
     batch, sequence = sizes[-1]
     inputs = family_of(family).inputs(batch, sequence, seed=1)
-    got = in_double(made.graph)(**double_inputs(inputs))
-    seed = next(value for name, value in got.items() if not name.startswith("relevance."))
+    seed = tree_leaves(_canonical(family)(**inputs))[0].double()
+    got = in_double(made.graph)(**double_inputs(inputs), seed=seed)
     want = autograd_relevance(family, inputs, set(made.sources.values()), set(), seed)
     for name, node in made.sources.items():
         assert _distance(got[f"relevance.{name}"], want[node]) <= 1e-9
@@ -74,7 +74,8 @@ def test_every_value_between_inputs_and_output_has_a_coefficient(family: str):
     """Under the gradient nothing is stopped: coverage is counted on the nodes that ran."""
     graph = _canonical(family)
     roles = roles_of(graph, sources_of(graph).values())
-    reached = set(relevance_graph(family, "gradient").reached)
+    made = relevance_graph(family, "gradient")
+    reached = set(made.reached) | {old for old, new in made.replaced.items() if new in made.reached}
     output = graph.outputs[0]
     above, todo = set(), [output]
     while todo:

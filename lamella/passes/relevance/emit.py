@@ -28,6 +28,7 @@ from lamella.passes.relevance.ledger import Entry, Line, amount, lines_of, widen
 from lamella.passes.relevance.request import Request, Tap
 from lamella.passes.relevance.sweep import Sweep, carrying_nodes, places_of
 from lamella.passes.relevance.traced import Recorder, Recording, Shapes, Traced
+from lamella.passes.relevance.winners import keep_winners
 from lamella.rewrite.incremental.once import flat_signature
 from lamella.rules.relevance.presets import Preset
 from lamella.rules.relevance.roles import roles_of, sources_of
@@ -95,6 +96,7 @@ class _Emission:
         self.preset, self.request = preset, request
         self.graph = graph.copy()
         self.replaced = fold_batch_norms(self.graph) if preset.fold_batch_norms else {}
+        self.replaced |= keep_winners(self.graph)
         self.nodes = self.graph.nodes
         self.by_name = {node.name: node for node in self.nodes if node.op != "output"}
         self.sources = sources_of(self.graph)

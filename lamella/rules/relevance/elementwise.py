@@ -26,7 +26,7 @@ def by_slope(slope: Slope) -> Rule:
 
 def relu(coefficient: Any, output: Any, self: Any) -> Coefficients:
     """Degree one: ``M`` where `x` is positive."""
-    return (aten.where.ScalarOther(self > 0, coefficient, 0.0),)
+    return (aten.threshold_backward.default(coefficient, self, 0.0),)
 
 
 def add(coefficient: Any, output: Any, self: Any, other: Any, alpha: Any = 1) -> Coefficients:

@@ -18,28 +18,28 @@ from lamella.rules.relevance.rule import Coefficients, Rule
 Target = Callable[..., Any]
 
 
-def max_pool2d(  # noqa: PLR0913  (the arguments of the operator)
-    coefficient: Any,
-    output: Any,
-    self: Any,
-    kernel_size: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
+def max_pool2d(
+    coefficient: Any, output: Any, self: Any, kernel_size: Any, *rest: Any
 ) -> Coefficients:
     """The winner of each window gets all; one that wins twice gets both."""
-    found = aten.max_pool2d_with_indices.default(
-        self, kernel_size, stride, padding, dilation, ceil_mode
-    )
+    given = aten.max_pool2d_with_indices.default(self, kernel_size, *rest)
+    return (_to_winners(coefficient, given[1], self), *(None,) * (1 + len(rest)))
+
+
+def max_pool2d_with_indices(coefficient: Any, output: Any, self: Any, *rest: Any) -> Coefficients:
+    """The same, where the winners are known from the forward."""
+    return (_to_winners(coefficient[0], output[1], self), *(None,) * len(rest))
+
+
+def _to_winners(coefficient: Any, winners: Any, self: Any) -> Any:
     lead = list(self.shape[:-2])
     entries = self.shape[-2] * self.shape[-1]
-    windows = output.shape[-2] * output.shape[-1]
-    places = aten.reshape.default(found[1], [*lead, windows])
+    windows = coefficient.shape[-2] * coefficient.shape[-1]
+    places = aten.reshape.default(winners, [*lead, windows])
     values = aten.reshape.default(coefficient, [*lead, windows])
     zeros = aten.full.default([*lead, entries], 0.0, dtype=self.dtype)
     sums = aten.scatter_add.default(zeros, self.ndim - 2, places, values)
-    return (aten.reshape.default(sums, list(self.shape)), *(None,) * 5)
+    return aten.reshape.default(sums, list(self.shape))
 
 
 def average(axes: int) -> Rule:
@@ -144,6 +144,7 @@ def _each(given: Any, axes: int) -> list[int]:
 POOLING: Mapping[Target, Rule] = MappingProxyType(
     {
         aten.max_pool2d.default: max_pool2d,
+        aten.max_pool2d_with_indices.default: max_pool2d_with_indices,
         aten.avg_pool1d.default: average(1),
         aten.avg_pool2d.default: average(2),
         aten.adaptive_avg_pool1d.default: adaptive_average(1),

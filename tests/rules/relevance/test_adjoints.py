@@ -126,6 +126,10 @@ CASES: dict[str, Case] = {
         ),
     ),
     "max pooling": (aten.max_pool2d.default, (IMAGE, [3, 2], [1, 2], [1, 0])),
+    "max pooling with winners": (
+        aten.max_pool2d_with_indices.default,
+        (IMAGE, [3, 2], [1, 2], [1, 0]),
+    ),
     "average pooling": (aten.avg_pool2d.default, (IMAGE, [2, 3], [2, 1], [1, 1])),
     "average pooling of one axis": (aten.avg_pool1d.default, (X, [2])),
     "adaptive pooling to one": (aten.adaptive_avg_pool2d.default, (IMAGE, [1, 1])),

@@ -22,6 +22,14 @@ def scatter_add(e: Emission, call: Call) -> ir.Value:
     return e.op("ScatterElements", *operands, axis=call.axis(), reduction="add")
 
 
+def threshold_backward(e: Emission, call: Call) -> ir.Value:
+    """The first operand where the second is above a number, else zero."""
+    dtype = call.out.dtype
+    bound = e.const(float(call["threshold"]), dtype)
+    above = e.op("Greater", e.tensor(call["self"], dtype), bound)
+    return e.op("Where", above, e.tensor(call["grad_output"], dtype), e.const(0.0, dtype))
+
+
 def max_pool2d_with_indices(e: Emission, call: Call) -> tuple[ir.Value, ...]:
     """The winners of windows, and their places in the image of their channel."""
     size, stride, padding, dilation = (
@@ -83,6 +91,7 @@ def _step(e: Emission, kind: ir.TypeProtocol | None) -> ir.Graph:
 EMITTERS: Mapping[Callable[..., Any], Emitter] = MappingProxyType(
     {
         aten.scatter_add.default: scatter_add,
+        aten.threshold_backward.default: threshold_backward,
         aten.max_pool2d_with_indices.default: max_pool2d_with_indices,
         lam.linear_scan.default: linear_scan,
         lam.dequantize_nbits.default: dequantized.weight,
