@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lamella.ir.ops import aten
-from lamella.rules.relevance.broadcast import ratio
+from lamella.rules.relevance.broadcast import times
 from lamella.rules.relevance.contraction import Contraction, Opened
 from lamella.rules.relevance.rule import Coefficients, Rule
 
@@ -36,13 +38,13 @@ def gamma(opened: Opened, factor: float) -> Rule:
         coefficient: Any, output: Any, input: Any, weight: Any, bias: Any = None, *rest: Any
     ) -> Coefficients:
         layer = opened(*rest)
-        size = aten.abs.default(output)
-        half = factor / 2
-        grown = size + (size + _absolute(layer, input, weight, bias)) * half
-        straight = coefficient * ratio(size, grown, 0.0)
-        signed = straight * aten.sign.default(output)
-        parts = (straight * (1 + half), signed * half)
-        found, of_bias = _both(layer, parts, (input, weight, bias))
+        # (1 + g/2) rho = |z| / (|z| + h a) with h = (g/2) / (1 + g/2); zero where both are.
+        share = factor / (2 + factor)
+        absolute = _absolute(layer, input, weight, bias)
+        grown = aten.add.Tensor(aten.abs.default(output), absolute, alpha=share)
+        kept = output / (grown + _least(output.dtype))
+        parts = (coefficient * aten.abs.default(kept), coefficient * kept)
+        found, of_bias = _both(layer, parts, (input, weight, bias), share)
         return (found, None, of_bias, *(None,) * len(rest))
 
     return rule
@@ -66,10 +68,11 @@ def alpha_beta(opened: Opened, alpha: float, beta: float, stabilizer: float = 1e
     ) -> Coefficients:
         layer = opened(*rest)
         size = _absolute(layer, input, weight, bias)
-        relevance = output * coefficient * 0.5
-        positive = relevance * alpha / ((output + size) * 0.5 + stabilizer)
+        relevance = output * coefficient
+        # Half of R / (p + stabilizer) is R / (z + a + 2 stabilizer).
+        positive = times(relevance, alpha) / (output + size + 2 * stabilizer)
         if beta:
-            negative = relevance * beta / ((output - size) * 0.5 - stabilizer)
+            negative = times(relevance, beta) / (output - size - 2 * stabilizer)
             parts = (positive - negative, positive + negative)
         else:
             parts = (positive, positive)
@@ -85,14 +88,22 @@ def _absolute(layer: Contraction, input: Any, weight: Any, bias: Any) -> Any:
     return layer.forward(aten.abs.default(input), aten.abs.default(weight), of_bias)
 
 
-def _both(layer: Contraction, parts: tuple[Any, Any], operands: tuple[Any, Any, Any]) -> Any:
-    """``W^T s + sgn(x) |W|^T t``, and the same for the bias."""
+def _both(
+    layer: Contraction, parts: tuple[Any, Any], operands: tuple[Any, Any, Any], share: float = 1.0
+) -> Any:
+    """``W^T s + share sgn(x) |W|^T t``, and the same for the bias."""
     straight, signed = parts
     input, weight, bias = operands
     first = layer.adjoint(straight, weight, input)
     second = layer.adjoint(signed, aten.abs.default(weight), input)
-    found = first + second * aten.sign.default(input)
+    found = aten.add.Tensor(first, second * aten.sign.default(input), alpha=share)
     if bias is None:
         return found, None
     sums = layer.bias_sum(straight), layer.bias_sum(signed)
-    return found, sums[0] + sums[1] * aten.sign.default(bias)
+    return found, sums[0] + sums[1] * aten.sign.default(bias) * share
+
+
+def _least(dtype: torch.dtype) -> float:
+    """A number that is nothing beside any sum, but no zero."""
+    info = torch.finfo(dtype)
+    return info.tiny if info.tiny < 1e-30 else info.tiny * info.eps
