@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lamella
-from lamella.cli import bench, bisect, compile, explain, generate, inspect, passes, tune
+from lamella.cli import bench, bisect, compile, explain, generate, inspect, passes, tune, verify
 from lamella.cli.console import out, settings, show_warnings
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("inspect")(inspect.inspect_model)
 app.command("passes")(passes.list_passes)
 app.command("bench")(bench.bench_artifacts)
 app.command("tune")(tune.tune_model)
+app.command("verify")(verify.verify_folders)
 app.command("bisect")(bisect.bisect_recipe)
 
 
