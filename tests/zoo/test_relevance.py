@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lamella.ir.torch_private import tree_leaves
-from lamella.passes.relevance.emit import emit
-from lamella.rules.relevance.presets import GRADIENT, PRESETS
+from lamella.rules.relevance.presets import PRESETS
 from lamella.rules.relevance.roles import roles_of, sources_of
 from tests.conftest import _canonical, family_of
 from tests.zoo.relevance_runs import (
@@ -43,7 +42,7 @@ def test_the_gradient_preset_is_autograd_times_input(family: str):
 def test_sizes_other_than_those_of_the_capture(family: str):
     """Nothing of the sample is baked into the graph."""
     sizes = family_of(family).sizes()
-    made = emit(_canonical(family), GRADIENT)
+    made = relevance_graph(family, "gradient")
     batch, sequence = sizes[-1]
     inputs = family_of(family).inputs(batch, sequence, seed=1)
     seed = tree_leaves(_canonical(family)(**inputs))[0].double()

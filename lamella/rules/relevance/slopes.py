@@ -179,6 +179,47 @@ def _one_plus_square(x: Any) -> Any:
     return x * x + 1.0
 
 
+def _root_of_one_and_square(y: Any, sign: float) -> Any:
+    return aten.sqrt.default(y * y * sign + 1.0)
+
+
+_CORE: Mapping[Callable[..., Any], Slopes] = MappingProxyType(
+    {
+        aten.expm1.default: Slopes(lambda y, x: y + 1.0, through_zero(1.0)),
+        aten.tan.default: Slopes(lambda y, x: _one_plus_square(y), through_zero(1.0)),
+        aten.sinh.default: Slopes(lambda y, x: _root_of_one_and_square(y, 1.0), through_zero(1.0)),
+        aten.asinh.default: Slopes(
+            lambda y, x: aten.reciprocal.default(_root_of_one_and_square(x, 1.0)),
+            through_zero(1.0),
+        ),
+        aten.asin.default: Slopes(
+            lambda y, x: aten.reciprocal.default(_root_of_one_and_square(x, -1.0)),
+            through_zero(1.0),
+        ),
+        aten.acos.default: Slopes(
+            lambda y, x: aten.reciprocal.default(_root_of_one_and_square(x, -1.0)) * -1.0,
+            lambda y, x: ratio(y - math.pi / 2, x, -1.0),
+        ),
+        aten.atanh.default: Slopes(
+            lambda y, x: aten.reciprocal.default(1.0 - x * x), through_zero(1.0)
+        ),
+        aten.cosh.default: Slopes(
+            lambda y, x: aten.sign.default(x) * aten.sqrt.default(y * y - 1.0),
+            lambda y, x: ratio(y - 1.0, x, 0.0),
+        ),
+        aten.log2.default: Slopes(
+            lambda y, x: _inverse(y, x) * (1 / math.log(2.0)),
+            lambda y, x: _inverse(y, x) * (1 / math.log(2.0)),
+        ),
+        aten.log10.default: Slopes(
+            lambda y, x: _inverse(y, x) * (1 / math.log(10.0)),
+            lambda y, x: _inverse(y, x) * (1 / math.log(10.0)),
+        ),
+    }
+)
+"""Core functions that are not canonical: a graph that was not made so can hold them."""
+
+
 SLOPES: Mapping[Callable[..., Any], Slopes] = MappingProxyType(
     {
         aten.gelu.default: Slopes(_gelu_tangent, _gelu_secant),
@@ -222,6 +263,7 @@ SLOPES: Mapping[Callable[..., Any], Slopes] = MappingProxyType(
         aten.cos.default: Slopes(lambda y, x: aten.sin.default(x) * -1.0, _cos_secant),
         # Without a value at zero there is no secant: the tangent, and a leak in the ledger.
         aten.log.default: Slopes(_inverse, _inverse),
+        **_CORE,
     }
 )
 """Operator of one tensor -> its slopes."""
