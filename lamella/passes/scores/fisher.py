@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lamella.data import Samples
 from lamella.ir.graph import Graph
@@ -19,7 +18,13 @@ from lamella.passes.base import Analyses
 from lamella.passes.scores.base import BitScore, BitScoreReport, finite
 from lamella.passes.scores.error import linears, rounded_blocks
 from lamella.passes.scores.gradients import GradientRun
-from lamella.passes.scores.target import LossTarget, first_sequences, loss_target
+from lamella.passes.scores.target import (
+    LossTarget,
+    drawn_loss,
+    first_sequences,
+    loss_target,
+    single_sequences,
+)
 from lamella.passes.sites import Site, find_sites
 
 _ERROR_BYTES = 1 << 30
@@ -92,7 +97,7 @@ class Fisher(BitScore):
         target = loss_target(graph)
         rounded = tuple(f for f in self.formats if f.bits != 32)
         losses: dict[str, dict[Format, float]] = {}
-        for sites in _groups(find_sites(graph), len(rounded)):
+        for sites in groups_in_memory(find_sites(graph), len(rounded)):
             found = self._gradients(graph, target, samples, sites, rounded)
             for site in sites:
                 weight = graph.weight(site.node)
@@ -118,10 +123,10 @@ class Fisher(BitScore):
             errors[site.weight] = torch.stack(rounded) if rounded else weight[None][:0]
         found = GradientRun(graph, target, sites, formats, errors)
         generator = torch.Generator().manual_seed(self.seed)
-        for sample in _singles(samples):
+        for sample in single_sequences(samples):
             rows = found.forward(sample)
             for draw in range(self.draws):
-                found.backward(_drawn_loss(rows, target, generator), again=draw + 1 < self.draws)
+                found.backward(drawn_loss(rows, target, generator), again=draw + 1 < self.draws)
         return found
 
     def _loss(
@@ -144,7 +149,7 @@ class Fisher(BitScore):
         return loss
 
 
-def _groups(sites: Sequence[Site], formats: int) -> Iterator[list[Site]]:
+def groups_in_memory(sites: Sequence[Site], formats: int) -> Iterator[list[Site]]:
     """Sites whose errors fit into memory together, in order."""
     group: list[Site] = []
     held = 0
@@ -157,28 +162,3 @@ def _groups(sites: Sequence[Site], formats: int) -> Iterator[list[Site]]:
         held += nbytes
     if group:
         yield group
-
-
-def _singles(samples: Samples) -> Iterator[Mapping[str, Any]]:
-    """The sequences one by one; a batch whose inputs are not of one length stays together.
-
-    A batch that is not split gives the same result on average, with more noise.
-    """
-    for batch in samples:
-        sizes = {int(v.shape[0]) for v in batch.values() if isinstance(v, Tensor) and v.ndim}
-        whole = len(sizes) != 1 or not all(isinstance(v, Tensor) for v in batch.values())
-        if whole:
-            yield batch
-            continue
-        for row in range(sizes.pop()):
-            yield {name: value[row : row + 1] for name, value in batch.items()}
-
-
-def _drawn_loss(rows: Tensor, target: LossTarget, generator: torch.Generator) -> Tensor:
-    """A sum over tokens whose gradients have the Fisher matrix as second moment."""
-    if target.kind == "logits":
-        logs = functional.log_softmax(rows.float(), dim=-1)
-        labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
-        return -logs.gather(1, labels).sum()
-    directions = functional.normalize(rows.float(), dim=-1)
-    return (directions * torch.randn(rows.shape, generator=generator)).sum()

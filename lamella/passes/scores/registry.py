@@ -13,7 +13,10 @@ from lamella.passes.scores.base import BitScore, Level, Score
 from lamella.passes.scores.error import OutputError, WeightError
 from lamella.passes.scores.fisher import Fisher
 from lamella.passes.scores.kl import MeasuredKl
+from lamella.passes.scores.lrp_qvit import LrpQvit
 from lamella.passes.scores.prior import LimBits, RandomBits, SimilarityBits, SizeBits, ZdBits
+from lamella.passes.scores.relevance import RelevanceScore
+from lamella.passes.scores.relevance_bits import RelevanceBits
 from lamella.passes.scores.structure import (
     LimScore,
     RandomScore,
@@ -23,7 +26,10 @@ from lamella.passes.scores.structure import (
 )
 
 SCORES: Mapping[str, Callable[..., Score]] = MappingProxyType(
-    {c.name: c for c in (LimScore, ZdScore, SimilarityScore, SizeScore, RandomScore)}
+    {
+        c.name: c
+        for c in (LimScore, ZdScore, SimilarityScore, RelevanceScore, SizeScore, RandomScore)
+    }
 )
 """What blocks and branches are dropped by."""
 
@@ -32,6 +38,8 @@ BIT_SCORES: Mapping[str, Callable[..., BitScore]] = MappingProxyType(
         c.name: c
         for c in (
             Fisher,
+            RelevanceBits,
+            LrpQvit,
             MeasuredKl,
             OutputError,
             WeightError,
@@ -52,7 +60,7 @@ def score(by: str, level: Level = "block", *, seed: int = 0) -> Score:
     Args:
         by: One of `SCORES`.
         level: Blocks or branches.
-        seed: Of the random score; the others have none.
+        seed: Of scores that draw at random; the others have none.
 
     Raises:
         RecipeError: There is no such score; the message names those there are.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
@@ -89,3 +90,28 @@ def first_sequences(samples: Samples, count: int) -> Samples:
         if taken >= count:
             return samples.take(batches)
     return samples
+
+
+def single_sequences(samples: Samples) -> Iterator[Mapping[str, Any]]:
+    """The sequences one by one; a batch whose inputs are not of one length stays together.
+
+    A batch that is not split gives the same result on average, with more noise.
+    """
+    for batch in samples:
+        sizes = {int(v.shape[0]) for v in batch.values() if isinstance(v, Tensor) and v.ndim}
+        whole = len(sizes) != 1 or not all(isinstance(v, Tensor) for v in batch.values())
+        if whole:
+            yield batch
+            continue
+        for row in range(sizes.pop()):
+            yield {name: value[row : row + 1] for name, value in batch.items()}
+
+
+def drawn_loss(rows: Tensor, target: LossTarget, generator: torch.Generator) -> Tensor:
+    """A sum over tokens whose gradients have the Fisher matrix as second moment."""
+    if target.kind == "logits":
+        logs = functional.log_softmax(rows.float(), dim=-1)
+        labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+        return -logs.gather(1, labels).sum()
+    directions = functional.normalize(rows.float(), dim=-1)
+    return (directions * torch.randn(rows.shape, generator=generator)).sum()
