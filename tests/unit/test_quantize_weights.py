@@ -16,6 +16,7 @@ from lamella.ir.ops import aten, lam
 from lamella.ir.quantize import Format, dequantized, weight_bytes
 from lamella.passes.base import Analyses
 from lamella.passes.sites import find_sites
+from lamella.passes.times import Times
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 
 # The same rounded weights, sums of float32 in another order, through three layers.
@@ -311,3 +312,44 @@ def test_a_broken_weight_of_an_integer_layer_is_named(captured: Callable[[str], 
     graph.set_weight(node, broken)
     with pytest.raises(PassError, match=r"'model.layers.1.mlp.up_proj.weight' can't be quantized"):
         _run(graph, bits=8, activations="int8-rows")
+
+
+class ByShape(Times):
+    """Integers win where a layer is wide, and only if rounding is shared."""
+
+    merges = False
+    cache_bytes = 0
+
+    def seconds(self, kernels):
+        return {kernel: self._one(kernel) for kernel in set(kernels)}
+
+    def rest(self, graph, workload):
+        return 0.0
+
+    def _one(self, kernel):
+        if kernel.kind.startswith("rounding"):
+            return 3.0
+        wide = kernel.outputs > kernel.inputs
+        return 10.0 if kernel.kind == "nbits" else (8.0 if not wide else 2.0)
+
+
+def test_the_faster_kernel_is_taken_for_each_layer(captured):
+    graph = captured("bert")
+    analyses = Analyses(graph)
+    analyses.times = ByShape()
+    QuantizeWeights(bits=8, min_size=0, activations="int8-rows", measure=True).run(graph, analyses)
+    graph.finish()
+    taken = [tuple(graph.operand(n, "weight").meta["val"].shape)
+             for n in graph.find(torch.ops.lamella.linear_int8.default)]  # fmt: skip
+    square = {shape for shape in taken if shape[0] == shape[1]}
+    # Queries, keys and values share a rounding of 3: 8 + 1 < 10; alone 8 + 3 > 10; wide 2 + 3.
+    assert len([shape for shape in taken if shape[0] > shape[1]]) == len(graph.blocks)
+    assert len([shape for shape in taken if shape in square]) == 3 * len(graph.blocks)
+    assert not [shape for shape in taken if shape[0] < shape[1]]
+
+
+def test_measuring_needs_somebody_who_measures(captured):
+    graph = captured("bert")
+    a_pass = QuantizeWeights(bits=8, min_size=0, activations="int8-rows", measure=True)
+    with pytest.raises(PassError, match="measured times"):
+        a_pass.run(graph, Analyses(graph))

@@ -22,6 +22,8 @@ from lamella.ir.reducers import MaxAbs, RoundingVariance
 from lamella.ir.runner import Request
 from lamella.passes.base import Analyses
 from lamella.passes.sites import Site
+from lamella.passes.times import needed
+from lamella.passes.transforms.measured_layers import not_faster
 
 ACTIVATIONS = ("none", "int8", "int8-rows", "int8-tensor")
 """How the inputs of linear layers may be rounded."""
@@ -37,7 +39,10 @@ measured on a sentence encoder (mean cosine 0.9974 instead of 0.9975), and at 16
 
 
 def integer_layers(
-    graph: Graph, analyses: Analyses, formats: Mapping[Site, Format], options: tuple[str, int]
+    graph: Graph,
+    analyses: Analyses,
+    formats: Mapping[Site, Format],
+    options: tuple[str, int | None],
 ) -> Mapping[Site, bool]:
     """The sites that become `lamella::linear_int8` -> whether each row has a scale of its own.
 
@@ -45,13 +50,23 @@ def integer_layers(
         graph: The graph.
         analyses: Told which layers stay, and why.
         formats: What every site would be stored in.
-        options: Which of `ACTIVATIONS`, and the least number of rows.
+        options: Which of `ACTIVATIONS`, and the least number of rows; None measures which
+            kernel is faster.
+
+    Raises:
+        PassError: Kernels are to be measured, and nobody measures.
     """
     activations, min_rows = options
+    slow: frozenset[str] = frozenset()
+    if min_rows is None:
+        times = needed(analyses.times, "quantize-weights with measure=true")
+        slow = not_faster(graph, times, formats, per_row=activations == "int8-rows")
     sizes, chosen = _Sizes(merged_batch(graph)), list[Site]()
     refused: dict[str, list[str]] = {}
     for site, format in formats.items():
-        reason = _refusal(site, format, min(map(sizes.rows, site.readers)), min_rows)
+        reason = _refusal(site, format, min(map(sizes.rows, site.readers)), min_rows or 0)
+        if reason is None and site.weight in slow:
+            reason = "measured to be no faster"
         if reason is None:
             chosen.append(site)
         else:
