@@ -12,7 +12,8 @@ import sys
 SCRIPTS = {
     "demo": ("benchmarks.demo", "--record"),
     "encoder": ("benchmarks.encoder", "--record"),
-    "decode": ("benchmarks.decode",),
+    "decode": ("benchmarks.decode", "--record"),
+    "decode-trained": ("benchmarks.decode", "--model", "trained", "--record"),
     "cost-model": ("benchmarks.cost_model", "--part", "decode", "--record"),
     "cost-model-prompt": ("benchmarks.cost_model", "--part", "prompt", "--record"),
     "compile-time": ("benchmarks.compile_time",),
@@ -22,6 +23,9 @@ SCRIPTS = {
     "big-model": ("benchmarks.big_model",),
     "drop": ("benchmarks.drop",),
     "bits": ("benchmarks.bits",),
+    "relevance": ("benchmarks.relevance", "--record"),
+    "faithfulness": ("benchmarks.faithfulness", "--record"),
+    "scores": ("benchmarks.scores", "--record"),
 }
 
 
