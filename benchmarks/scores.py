@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -138,8 +138,8 @@ def _rank(truth: Losses, losses: Losses, pairs: Sequence[tuple[str, Format]]) ->
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
     if len(set(one)) == 1 or len(set(other)) == 1:
         return 0.0  # A constant orders nothing.
-    statistic, _ = spearmanr(one, other)
-    return float(statistic)
+    found: Any = spearmanr(one, other)
+    return float(found.statistic)
 
 
 def _regret(

@@ -113,8 +113,9 @@ def _computed(size: str, each: int) -> int:
     if size.isidentifier():
         return each
     # The names are given, or sympy would take some of them for its own functions.
-    names: dict[str, sympy.Expr] = dict.fromkeys(_NAME.findall(size), sympy.Integer(each))
-    return int(sympy.sympify(size, locals=names))
+    names: dict[str, Any] = dict.fromkeys(_NAME.findall(size), sympy.Integer(each))
+    formula: Any = sympy.sympify(size, locals=names)
+    return int(formula)
 
 
 def _spec(name: str, node: Node, names: Mapping[sympy.Symbol, str]) -> InputSpec:

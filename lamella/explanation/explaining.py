@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella import api
+from lamella.backends.inputs import check_inputs, specs_of
 from lamella.errors import SamplesError
 from lamella.explanation.finite import check_finite
 from lamella.explanation.result import Explanation, Ledger
@@ -120,7 +121,9 @@ def _given(source: Source, inputs: Mapping[str, Any] | str | Sequence[str]) -> d
     }
     if "input_ids" in by_name and "attention_mask" in names:
         by_name.setdefault("attention_mask", torch.ones_like(by_name["input_ids"]))
-    return dict(zip(names, source.graph.signature.flatten((), by_name), strict=True))
+    values = source.graph.signature.flatten((), by_name)
+    check_inputs(specs_of(source.graph), values)
+    return dict(zip(names, values, strict=True))
 
 
 def _tokenized(source: Source, texts: str | Sequence[str]) -> dict[str, Any]:

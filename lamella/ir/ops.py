@@ -18,7 +18,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-import lamella.ir.adjoint_operators  # noqa: F401
+import lamella.ir.adjoint_operators  # pyright: ignore[reportUnusedImport]  (registers)
 import lamella.ir.cached_operators  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 
 aten = torch.ops.aten

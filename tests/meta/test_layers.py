@@ -35,7 +35,7 @@ ALLOWED = {
     "api": _IR
     | {"rewrite", "rules", "passes", "backends", "checkpoints", "generation", "plugins"}
     | {"recipe", "latency", "tuning"},
-    "explanation": _IR | {"rules", "passes", "api"},
+    "explanation": _IR | {"rules", "passes", "backends", "api"},
     "cli": _IR
     | {"rules", "passes", "backends", "checkpoints", "plugins", "recipe", "tuning", "api"}
     | {"explanation", "__init__"},

@@ -152,6 +152,8 @@ def test_what_the_model_does_not_have_is_refused(graph, ids):
         _ = lamella.explain(graph, {"input_ids": ids}, target=1).pixels
     with pytest.raises(SamplesError, match="pixel_values"):
         lamella.explain(graph, {"input_ids": ids, "pixel_values": ids}, target=1)
+    with pytest.raises(SamplesError, match="int32"):
+        lamella.explain(graph, {"input_ids": ids.int()}, target=1)
     with pytest.raises(ValueError, match="preset"):
         lamella.explain(graph, {"input_ids": ids}, target=1, preset="best")
 
