@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.parsing.sympy_parser import parse_expr
 from torch import Tensor
 from torch.fx import Node
 
@@ -114,7 +115,7 @@ def _computed(size: str, each: int) -> int:
         return each
     # The names are given, or sympy would take some of them for its own functions.
     names: dict[str, Any] = dict.fromkeys(_NAME.findall(size), sympy.Integer(each))
-    formula: Any = sympy.sympify(size, locals=names)
+    formula: Any = parse_expr(size, local_dict=names)
     return int(formula)
 
 
