@@ -44,8 +44,8 @@ class LrpQvit(BitScore):
     multiply matrices, attention among them; a weight that several layers read has their sum.
     Relevance starts at the largest logit. What is inside of the layer has no part in it: two
     layers with one share lose the same, however their weights round. It orders, and does not
-    predict: better than `weight-error`, about as `lim`, and worse than `fisher` and `relevance`
-    (``benchmarks/scores.py``).
+    predict: better than `weight-error`, at least as good as `lim`, and worse than `fisher` and
+    `relevance` (``benchmarks/scores.py``).
 
     The paper's rules are those of Chefer and others: z+ in linear layers, halves for products,
     pass-through elsewhere. Here softmax and attention go by the gradient, activations by their

@@ -37,10 +37,12 @@ class RelevanceScore(Score):
     nowhere.
 
     It is of first order, and says little of a part without which nothing works. Beside the
-    measured loss of each single change it was found to rank branches nearly as well as the
-    cosine of `lim` and better than `zd`, and blocks of a language model worse than `lim` (see
-    ``benchmarks/scores.py``). The mean as `b0` ranks better than zero although what is dropped
-    is replaced by zero: a constant hardly passes the norms behind it.
+    measured loss of each single branch (``benchmarks/scores.py``) it ranked a vision transformer
+    a little better than the cosine of `lim` and a language model a little worse, chose a worse
+    quarter of the branches of the former, and was far better than `zd` on both. Drawn labels
+    were better than the largest logit on the language model, except under preset ``gradient``;
+    the mean as `b0` ranks it better than zero although zero is what takes the place of a part
+    that is dropped: a constant hardly passes the norms behind it.
 
     Attributes:
         level: What is scored.

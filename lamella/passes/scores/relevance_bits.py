@@ -48,9 +48,9 @@ class RelevanceBits(BitScore):
 
     Beside the measured loss of each single rounding (``benchmarks/scores.py``) every conserving
     preset ranked worse than the gradient: ``relp`` by little, ``attnlrp`` by more, and ``cp``,
-    which gives queries and keys nothing, worse than the error of the weight alone. The logit of
-    the largest class ranked better than drawn labels on a classifier that is sure of itself,
-    and worse on a language model.
+    which gives queries and keys nothing, plans worse than the error of the weight alone. The
+    largest logit ranked better than drawn labels on a classifier that is sure of itself, and
+    worse on a language model.
 
     Attributes:
         formats: The formats to score.
