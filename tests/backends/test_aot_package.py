@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import lamella
-from lamella.errors import CheckpointError
+from lamella.errors import ArtifactError, CheckpointError
 from tests.tiny import save_language_model
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -62,6 +62,12 @@ def test_a_package_of_any_model_says_what_it_takes_and_gives(tmp_path):
     # Fused kernels order their sums in another way.
     torch.testing.assert_close(run(pixels)[0], graph(pixels)["logits"], rtol=1e-4, atol=1e-5)
     lamella.verify(tmp_path)
+    for file in sorted(tmp_path.iterdir()):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(ArtifactError):
+            lamella.verify(tmp_path)
+        file.write_bytes(whole)
 
 
 def test_a_model_that_needs_operators_of_this_library_is_refused(tmp_path):
