@@ -69,7 +69,9 @@ def test_a_chain_is_the_kernel_several_times(kernel: Kernel) -> None:
         assert all(k.kind.startswith("rounding") for k in found)
 
 
-@pytest.mark.parametrize("backend", [OnnxRuntimeBackend(threads=1), EagerBackend()], ids=str)
+@pytest.mark.parametrize(
+    "backend", [OnnxRuntimeBackend(threads=1), EagerBackend()], ids=["onnxruntime", "eager"]
+)
 def test_every_kernel_gets_a_time(backend: Any) -> None:
     wanted = [k for k in KINDS if k.dtype == "float32"]
     told: list[tuple[int, int]] = []
