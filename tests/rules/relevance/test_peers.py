@@ -129,13 +129,15 @@ def residual_block(zennit: Any) -> type[nn.Module]:
     return Residual
 
 
+NOT_INSTALLED = "a peer to compare with, no part of the test extra: zennit brings torchvision"
+
 CASES = ["epsilon", "gamma", "eps-plus", "alpha2-beta1", "eps-gamma-box"]
 
 
 @pytest.mark.parametrize("kind", ["vgg", "resnet"])
 @pytest.mark.parametrize("case", CASES)
 def test_convolution_networks_are_as_in_zennit(case: str, kind: str):
-    pytest.importorskip("zennit.core", exc_type=ImportError)
+    pytest.importorskip("zennit.core", reason=NOT_INSTALLED, exc_type=ImportError)
     import zennit.canonizers
     import zennit.composites
     import zennit.layer
@@ -155,7 +157,7 @@ def test_convolution_networks_are_as_in_zennit(case: str, kind: str):
 
 
 def test_a_perceptron_is_as_in_captum():
-    attr = pytest.importorskip("captum.attr", exc_type=ImportError)
+    attr = pytest.importorskip("captum.attr", reason=NOT_INSTALLED, exc_type=ImportError)
     from captum.attr._utils.lrp_rules import EpsilonRule
 
     class Mlp(nn.Sequential):
