@@ -26,6 +26,7 @@ from benchmarks.zoo.language_model import language_model, windows
 from lamella.data import Samples
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format, weight_bytes
+from lamella.passes.allocation.knapsack import Option, solve
 from lamella.passes.base import Analyses
 from lamella.passes.scores import BitScore, Score, bit_score, score
 from lamella.passes.scores.fisher import Fisher
@@ -36,7 +37,6 @@ from lamella.passes.scores.relevance_bits import RelevanceBits
 from lamella.passes.scores.target import loss_target
 from lamella.passes.sites import find_sites
 from lamella.passes.transforms.dropping import drop
-from lamella.passes.transforms.knapsack import Option, solve
 
 T = TypeVar("T")
 

@@ -15,12 +15,12 @@ from lamella.data import Samples
 from lamella.errors import BudgetError
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format, weight_bytes
+from lamella.passes.allocation.budget import Budget, Model
+from lamella.passes.allocation.knapsack import Option, cheapest, solve
 from lamella.passes.base import Analyses
 from lamella.passes.scores import bit_score
 from lamella.passes.sites import find_sites, other_weights, tie_groups
 from lamella.passes.transforms.allocate_bits import AllocateBits
-from lamella.passes.transforms.budget import Budget, Model
-from lamella.passes.transforms.knapsack import Option, cheapest, solve
 
 _TINY: dict[str, Any] = {"min_size": 0, "by": "weight-error", "embedding_min": 2, "head_min": 2}
 

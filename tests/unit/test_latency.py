@@ -12,6 +12,7 @@ import pytest
 from lamella.errors import BudgetError, PassError
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format
+from lamella.passes.allocation.budget import Budget
 from lamella.passes.analyses.latency import Latency
 from lamella.passes.base import Analyses
 from lamella.passes.products import kernels_of, products_of
@@ -19,7 +20,6 @@ from lamella.passes.scores import bit_score
 from lamella.passes.sites import find_sites, tie_groups
 from lamella.passes.times import Kernel, Table, Times, Workload, stored
 from lamella.passes.transforms.allocate_bits import AllocateBits
-from lamella.passes.transforms.budget import Budget
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 from tests.unit.planted import network
 

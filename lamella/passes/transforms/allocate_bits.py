@@ -9,14 +9,9 @@ from typing import ClassVar
 from lamella.errors import PassError
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import BITS, SCALE_DTYPES, Format
-from lamella.passes.analyses.latency import check_sizes
-from lamella.passes.base import Analyses, Effect, Transform
-from lamella.passes.scores import bit_score
-from lamella.passes.sites import Site, find_sites, tie_groups
-from lamella.passes.times import Workload, needed
-from lamella.passes.transforms.budget import Budget, Model
-from lamella.passes.transforms.knapsack import Option, solve
-from lamella.passes.transforms.pricing import (
+from lamella.passes.allocation.budget import Budget, Model
+from lamella.passes.allocation.knapsack import Option, solve
+from lamella.passes.allocation.pricing import (
     Choices,
     Group,
     Pricing,
@@ -25,6 +20,11 @@ from lamella.passes.transforms.pricing import (
     price_in_bytes,
     price_in_time,
 )
+from lamella.passes.analyses.latency import check_sizes
+from lamella.passes.base import Analyses, Effect, Transform
+from lamella.passes.scores import bit_score
+from lamella.passes.sites import Site, find_sites, tie_groups
+from lamella.passes.times import Workload, needed
 
 
 @dataclass(frozen=True)

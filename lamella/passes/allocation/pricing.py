@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from lamella.errors import BudgetError
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format, weight_bytes
+from lamella.passes.allocation.budget import Budget, Model
+from lamella.passes.allocation.knapsack import Option, cheapest
 from lamella.passes.products import Product, kernels_of, products_of
 from lamella.passes.sites import Site
 from lamella.passes.times import Times, Workload
-from lamella.passes.transforms.budget import Budget, Model
-from lamella.passes.transforms.knapsack import Option, cheapest
 
 Group = tuple[Site, ...]
 Choices = Sequence[tuple[Group, tuple[Format, ...]]]
