@@ -1,4 +1,4 @@
-"""Weights on grids of 2, 4 and 8 bits: formats, their bytes, and rounding to nearest.
+"""Weights on grids of 2 to 8 bits: formats, their bytes, and rounding to nearest.
 
 A weight ``[..., out, in]`` is cut along `in` into blocks that share a scale ``s`` and a zero
 ``z``. Codes are unsigned, and a weight is read back as ``s * (code - z)``:
@@ -11,12 +11,17 @@ A weight ``[..., out, in]`` is cut along `in` into blocks that share a scale ``s
 
 The scale is then shrunk by the factors of `SHRINK` and the one with the least squared error is
 kept, each block for itself. Codes are computed from the scale *as it is stored*.
+
+There are kernels for 2, 4 and 8 bits. Codes of 3, 5 and 6 bits are kept in the next of these:
+symmetric ones are shifted so that zero is the middle code of the wider width, the others stay.
+They stand for exactly the weights of the narrow grid, and take the memory and time of the wider
+kernel; only checkpoints store them in their own width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -24,10 +29,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lamella.ir.packing import dequantize, pack
+from lamella.ir.packing import dequantize, pack, shift_of
 
-BITS = (2, 4, 8, 32)
+BITS = (2, 3, 4, 5, 6, 8, 32)
 """Widths of a format; 32 means that the weight stays as it is."""
+
+KERNEL_BITS: Mapping[int, int] = MappingProxyType({2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 32: 32})
+"""Width of a grid -> the width in which kernels read its codes."""
 
 BLOCKS = (32, 64, 128)
 """Weights that share a scale."""
@@ -40,7 +48,10 @@ SCALE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 SHRINK = MappingProxyType(
     {
         2: tuple(1 - 0.02 * step for step in range(26)),
+        3: tuple(1 - 0.02 * step for step in range(21)),
         4: tuple(1 - 0.015 * step for step in range(21)),
+        5: tuple(1 - 0.01 * step for step in range(21)),
+        6: tuple(1 - 0.0075 * step for step in range(13)),
         # Rounding at 8 bits leaves little to clip: only near the full range there is a gain.
         8: tuple(1 - 0.0025 * step for step in range(9)),
     }
@@ -56,7 +67,7 @@ class Format:
     """How the entries of a weight are stored.
 
     Attributes:
-        bits: 2, 4, 8, or 32 for a weight that stays as it is.
+        bits: 2, 3, 4, 5, 6, 8, or 32 for a weight that stays as it is.
         block: Entries along the last axis that share a scale: 32, 64 or 128.
         symmetric: Zero is the code ``2**(bits-1)``; otherwise each block stores its zero.
         scale_dtype: float16 or float32.
@@ -80,15 +91,30 @@ class Format:
             return "as it is"
         return f"{self.bits} bits/{self.block}{'' if self.symmetric else ' with zeros'}"
 
+    @property
+    def kernel_bits(self) -> int:
+        """The width in which kernels read the codes: 2, 4, 8, or 32."""
+        return KERNEL_BITS[self.bits]
+
+    @property
+    def is_storage_only(self) -> bool:
+        """Whether codes are wider in memory than their grid, for want of a kernel."""
+        return self.kernel_bits != self.bits
+
+    @property
+    def shift(self) -> int:
+        """What is added to a code of the grid where a kernel reads it."""
+        return shift_of(self.bits, self.kernel_bits) if self.symmetric else 0
+
 
 @dataclass(frozen=True)
 class Quantized:
     """A weight in codes, laid out as `lamella::linear_nbits` and `embedding_nbits` read it.
 
     Attributes:
-        packed: uint8, ``[..., blocks, block * bits / 8]``.
+        packed: uint8, ``[..., blocks, block * kernel_bits / 8]``.
         scales: ``[..., blocks]`` of the format's dtype.
-        zero_points: uint8, ``[..., ceil(blocks * bits / 8)]``, or None when symmetric.
+        zero_points: uint8, ``[..., ceil(blocks * kernel_bits / 8)]``, or None when symmetric.
         format: The format.
         shape: The shape of the weight.
     """
@@ -99,11 +125,37 @@ class Quantized:
     format: Format
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        format: Format,
+        features: int,
+    ) -> Quantized:
+        """Pack codes of the grid of `format`.
+
+        Args:
+            codes: Integers in ``[0, 2**bits)``, ``[..., blocks, block]``; what lies behind
+                `features` should be the zero of its block.
+            scales: ``[..., blocks]``.
+            zeros: Integers in ``[0, 2**bits)``, ``[..., blocks]``; None when symmetric.
+            format: The format.
+            features: Length of the last axis of the weight.
+
+        Raises:
+            ValueError: A code doesn't fit.
+        """
+        packed_zeros = None if zeros is None else pack(zeros, format.kernel_bits)
+        packed = pack(codes.to(torch.int16) + format.shift, format.kernel_bits)
+        stored = scales.to(format.scale_dtype)
+        return cls(packed, stored, packed_zeros, format, (*codes.shape[:-2], features))
+
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for, as float32."""
-        f = self.format
-        scales = self.scales.float()
-        return dequantize(self.packed, scales, self.zero_points, f.bits, f.block, self.shape[-1])
+        bits, block, features = self.format.kernel_bits, self.format.block, self.shape[-1]
+        return dequantize(self.packed, self.scales.float(), self.zero_points, bits, block, features)
 
     @property
     def nbytes(self) -> int:
@@ -130,21 +182,45 @@ class Integers:
 
 
 def weight_bytes(shape: Sequence[int], format: Format, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of a weight of `shape` stored in `format`: codes, scales and zeros, exactly.
+    """Bytes of a weight of `shape` where kernels read it: codes, scales and zeros, exactly.
+
+    These are the bytes in memory and in an ONNX file; `dense_bytes` are those of a checkpoint
+    that stores 3, 5 and 6 bits in their own width.
 
     Args:
         shape: ``[..., in]``.
         format: The format.
         dtype: What the weight has when its format leaves it as it is.
     """
+    return _bytes(shape, format, format.kernel_bits, dtype)
+
+
+def dense_bytes(shape: Sequence[int], format: Format, dtype: torch.dtype = torch.float32) -> int:
+    """As `weight_bytes`, with codes and zeros in the width of their grid (`pack_dense`)."""
+    return _bytes(shape, format, format.bits, dtype)
+
+
+def _bytes(shape: Sequence[int], format: Format, bits: int, dtype: torch.dtype) -> int:
     *rows, features = shape
-    if format.bits == 32:
+    if bits == 32:
         return math.prod(shape) * dtype.itemsize
     blocks = math.ceil(features / format.block)
-    row = blocks * (format.block * format.bits // 8 + format.scale_dtype.itemsize)
+    row = blocks * (format.block * bits // 8 + format.scale_dtype.itemsize)
     if not format.symmetric:
-        row += math.ceil(blocks * format.bits / 8)
+        row += math.ceil(blocks * bits / 8)
     return math.prod(rows) * row
+
+
+def wider_kernels(formats: Iterable[Format]) -> str:
+    """What to say of formats whose codes run in a wider kernel; empty where there are none."""
+    narrow = sorted({format.bits for format in formats if format.is_storage_only})
+    if not narrow:
+        return ""
+    listed = ", ".join(f"{bits} bits are held in {KERNEL_BITS[bits]}" for bits in narrow)
+    return (
+        f"{listed}: there is no kernel for them, so that memory and time are those of the wider "
+        f"width; checkpoints store them in their own"
+    )
 
 
 def quantize(weight: Tensor, format: Format, importance: Tensor | None = None) -> Quantized:
@@ -152,7 +228,7 @@ def quantize(weight: Tensor, format: Format, importance: Tensor | None = None) -
 
     Args:
         weight: Floating point, ``[..., in]``.
-        format: Of 2, 4 or 8 bits.
+        format: Of 2 to 8 bits.
         importance: How much the squared error of each column counts, ``[in]``, not negative
             (for instance the mean square of the inputs); None counts all alike.
 
@@ -161,14 +237,14 @@ def quantize(weight: Tensor, format: Format, importance: Tensor | None = None) -
             is NaN or infinite, or `importance` doesn't fit.
     """
     rows, blocks = _rows_and_blocks(weight, format, importance)
-    per_byte = 8 // format.bits
+    per_byte = 8 // format.kernel_bits
     packed = torch.empty(rows, blocks, format.block // per_byte, dtype=torch.uint8)
     scales = torch.empty(rows, blocks, dtype=format.scale_dtype)
     zeros = None if format.symmetric else torch.empty(rows, blocks, dtype=torch.uint8)
     for start, grid in _grids(weight, format, importance):
         count = grid.scale.numel() // blocks
         codes = grid.codes().t().reshape(count, blocks, format.block)
-        packed[start : start + count] = pack(codes, format.bits)
+        packed[start : start + count] = pack(codes + format.shift, format.kernel_bits)
         scales[start : start + count] = grid.scale.reshape(count, blocks)
         if zeros is not None:
             zeros[start : start + count] = grid.zero.reshape(count, blocks).to(torch.uint8)
@@ -176,7 +252,7 @@ def quantize(weight: Tensor, format: Format, importance: Tensor | None = None) -
     return Quantized(
         packed.reshape(*leading, blocks, -1),
         scales.reshape(*leading, blocks),
-        None if zeros is None else pack(zeros, format.bits).reshape(*leading, -1),
+        None if zeros is None else pack(zeros, format.kernel_bits).reshape(*leading, -1),
         format,
         tuple(weight.shape),
     )

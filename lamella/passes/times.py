@@ -236,7 +236,7 @@ def stored(kernel: Kernel, format: Format) -> Kernel:
         kernel.outputs,
         kernel.rows,
         kernel.dtype,
-        format.bits,
+        format.kernel_bits,
         format.block,
         format.symmetric,
         kernel.cold,

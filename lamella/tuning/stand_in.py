@@ -39,7 +39,7 @@ def stand_in(graph: Graph, plan: Mapping[str, Format], made_up: MadeUp) -> Graph
 
 def _store(graph: Graph, site: Site, format: Format, made_up: MadeUp) -> None:
     outputs, inputs = site.shape
-    blocks, bits = -(-inputs // format.block), format.bits
+    blocks, bits = -(-inputs // format.block), format.kernel_bits
     codes: tuple[Node, Node, Node | None] = (
         graph.add_weight(
             f"{site.weight}_packed", made_up.codes(outputs, blocks, format.block * bits // 8)
@@ -72,7 +72,7 @@ def _rows(
     site: Site,
 ) -> Node:
     indices = graph.operand(reader, "indices")
-    args = (*codes, indices, format.bits, format.block, site.shape[1])
+    args = (*codes, indices, format.kernel_bits, format.block, site.shape[1])
     rows = graph.call(lam.embedding_nbits.default, *args, before=reader)
     if rows.meta["val"].dtype == site.dtype:
         return rows

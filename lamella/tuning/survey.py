@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from lamella.errors import closest
 from lamella.ir.graph import Graph
-from lamella.ir.quantize import BITS, BLOCKS, Format
+from lamella.ir.packing import WIDTHS
+from lamella.ir.quantize import BLOCKS, Format
 from lamella.passes.products import kernels_of, products_of
 from lamella.passes.times import Kernel, Times, Workload, stored
 
-FORMATS = ("fp32", *(f"{bits}/{block}" for bits in BITS[:-1] for block in BLOCKS), "int8")
+FORMATS = ("fp32", *(f"{bits}/{block}" for bits in WIDTHS for block in BLOCKS), "int8")
 """What is measured where nobody says what."""
 
 ROWS = (1, 16, 128)
@@ -90,7 +91,7 @@ def check_formats(formats: Sequence[str]) -> None:
         if format in _OTHERS:
             continue
         found = _GRID.fullmatch(format)
-        if found and int(found[1]) in BITS[:-1] and int(found[2]) in BLOCKS:
+        if found and int(found[1]) in WIDTHS and int(found[2]) in BLOCKS:
             continue
         known = (*FORMATS, "int8-rows")
         raise ValueError(

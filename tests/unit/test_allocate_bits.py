@@ -256,7 +256,7 @@ def test_roles(captured: Callable[[str], Graph]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"choices": (3, 4)}, "choices must be among 2, 4, 8, 32"),
+        ({"choices": (4, 7)}, "choices must be among 2, 3, 4, 5, 6, 8, 32"),
         ({"choices": ()}, "choices must be among"),
         ({"by": "fischer"}, "did you mean 'fisher'"),
         ({"scales": "int8"}, "scales must be one of float16, float32"),

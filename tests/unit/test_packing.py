@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamella.ir.packing import WIDTHS, dequantize, pack, unpack
+from lamella.ir.packing import WIDTHS, dequantize, grid_bits, pack, pack_dense, unpack, unpack_dense
 
 
 def bytes_by_hand(codes: list[int], bits: int) -> list[int]:
@@ -34,6 +34,43 @@ def test_unpack_is_the_inverse_of_pack(row) -> None:
     packed = pack(torch.tensor([codes, codes[::-1]]), bits)
     assert packed.dtype == torch.uint8
     assert unpack(packed, bits, len(codes)).tolist() == [codes, codes[::-1]]
+
+
+@st.composite
+def any_rows(draw: st.DrawFn) -> tuple[int, list[int]]:
+    bits = draw(st.integers(1, 8))
+    return bits, draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=21))
+
+
+@given(any_rows())
+def test_a_dense_stream_is_one_long_number(row) -> None:
+    bits, codes = row
+    packed = pack_dense(torch.tensor(codes), bits)
+    assert packed.tolist() == bytes_by_hand(codes, bits)
+    assert unpack_dense(packed, bits, len(codes)).tolist() == codes
+
+
+@pytest.mark.parametrize(
+    ("codes", "zeros", "held", "found"),
+    [
+        ([4, 11], None, 4, 3),
+        ([3, 11], None, 4, 4),
+        ([4, 12], None, 4, 4),
+        ([0, 7], [3], 4, 3),
+        ([0, 7], [8], 4, 4),
+        ([112, 143], None, 8, 5),
+        ([96, 143], None, 8, 6),
+        ([95, 143], None, 8, 8),
+        ([0, 31], [31], 8, 5),
+        ([0, 3], [0], 2, 2),
+        ([], None, 8, 8),
+    ],
+)
+def test_a_narrow_grid_is_found_by_its_codes(
+    codes: list[int], zeros: list[int] | None, held: int, found: int
+) -> None:
+    given_zeros = None if zeros is None else torch.tensor(zeros, dtype=torch.uint8)
+    assert grid_bits(torch.tensor(codes, dtype=torch.uint8), held, given_zeros) == found
 
 
 @pytest.mark.parametrize("bits", [0, 1, 3, 5, 16])

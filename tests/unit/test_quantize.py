@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 
 from lamella.ir.operators import linear_nbits
-from lamella.ir.quantize import SHRINK, Format, dequantized, quantize, weight_bytes
+from lamella.ir.packing import grid_bits, pack_dense, unpack, unpack_dense
+from lamella.ir.quantize import (
+    SHRINK,
+    Format,
+    Quantized,
+    dense_bytes,
+    dequantized,
+    quantize,
+    weight_bytes,
+    wider_kernels,
+)
 
 FORMATS = [
     Format(bits, block, symmetric, dtype)
     for bits, block, symmetric, dtype in itertools.product(
-        (2, 4, 8), (32, 64), (True, False), (torch.float16, torch.float32)
+        (2, 3, 4, 5, 6, 8), (32, 64), (True, False), (torch.float16, torch.float32)
     )
 ]
 
@@ -92,6 +102,75 @@ def test_codes_stand_for_the_same_values_and_bytes(format: Format, columns: int)
     assert stored.scales.dtype == format.scale_dtype
 
 
+NARROW = [f for f in FORMATS if f.is_storage_only]
+
+
+@pytest.mark.parametrize("format", NARROW, ids=str)
+def test_narrow_codes_are_held_in_the_next_kernel_width(format: Format) -> None:
+    weight = _weight(40, 96, seed=4)
+    stored = quantize(weight, format)
+    assert format.kernel_bits == {3: 4, 5: 8, 6: 8}[format.bits]
+    assert stored.nbytes == weight_bytes(weight.shape, format)
+    codes = unpack(stored.packed, format.kernel_bits, format.block)
+    zeros = None
+    if stored.zero_points is not None:
+        zeros = unpack(stored.zero_points, format.kernel_bits, stored.scales.shape[-1])
+    assert grid_bits(codes, format.kernel_bits, zeros) == format.bits
+    assert len(codes.unique()) == 2**format.bits
+
+
+@pytest.mark.parametrize("format", NARROW, ids=str)
+def test_linear_operator_reads_narrow_codes_exactly(format: Format) -> None:
+    weight = _weight(7, 70, seed=5)
+    stored = quantize(weight, format)
+    codes = (stored.packed, stored.scales, stored.zero_points)
+    rest = (None, format.kernel_bits, format.block, False)
+    # Rows of the identity pick the columns of the weight, without any rounding.
+    got = linear_nbits(torch.eye(70), *codes, *rest).T
+    assert torch.equal(got, dequantized(weight, format))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_codes_packed_apart_are_those_of_quantize(format: Format) -> None:
+    weight = _weight(6, 128, seed=6)
+    stored = quantize(weight, format)
+    codes = unpack(stored.packed, format.kernel_bits, format.block) - format.shift
+    zeros = None
+    if stored.zero_points is not None:
+        zeros = unpack(stored.zero_points, format.kernel_bits, stored.scales.shape[-1])
+    again = Quantized.of(codes, stored.scales, zeros, format, 128)
+    assert torch.equal(again.packed, stored.packed)
+    assert torch.equal(again.dequantized(), stored.dequantized())
+    with pytest.raises(ValueError, match="codes of"):
+        Quantized.of(codes.int() + 2**format.kernel_bits, stored.scales, zeros, format, 128)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_dense_bytes_are_those_of_the_stream(format: Format) -> None:
+    shape = (5, 70)
+    blocks = -(-70 // format.block)
+    codes = pack_dense(torch.zeros(5, blocks * format.block, dtype=torch.uint8), format.bits)
+    zeros = pack_dense(torch.zeros(5, blocks, dtype=torch.uint8), format.bits)
+    scales = 5 * blocks * format.scale_dtype.itemsize
+    expected = codes.numel() + scales + (0 if format.symmetric else zeros.numel())
+    assert dense_bytes(shape, format) == expected
+    assert dense_bytes(shape, Format(32)) == weight_bytes(shape, Format(32)) == 4 * 350
+
+
+def test_what_is_said_of_formats_without_a_kernel() -> None:
+    said = wider_kernels([Format(3), Format(4), Format(6), Format(3, 64)])
+    assert said.startswith("3 bits are held in 4, 6 bits are held in 8: there is no kernel")
+    assert wider_kernels([Format(4), Format(32)]) == ""
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_dense_codes_come_back(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (4, 37), generator=torch.Generator().manual_seed(bits))
+    packed = pack_dense(codes, bits)
+    assert packed.shape == (4, -(-37 * bits // 8))
+    assert torch.equal(unpack_dense(packed, bits, 37).long(), codes)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_linear_operator_reads_the_codes(bits: int) -> None:
     weight, format = _weight(7, 70), Format(bits, 32, symmetric=False)
@@ -140,7 +219,7 @@ def test_a_grid_weight_is_kept_exactly() -> None:
 
 def test_error_falls_with_bits_and_grows_with_block() -> None:
     weight = _weight(32, 256)
-    by_bits = [_loss(weight, dequantized(weight, Format(bits, 32))) for bits in (2, 4, 8)]
+    by_bits = [_loss(weight, dequantized(weight, Format(bits, 32))) for bits in (2, 3, 4, 5, 6, 8)]
     assert by_bits == sorted(by_bits, reverse=True)
     by_block = [_loss(weight, dequantized(weight, Format(4, block))) for block in (32, 64, 128)]
     assert by_block == sorted(by_block)
@@ -179,8 +258,8 @@ def test_nan_and_infinity_are_errors(bad: float) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="bits must be one of 2, 4, 8, 32, got 3"):
-        Format(3)
+    with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, 5, 6, 8, 32, got 7"):
+        Format(7)
     with pytest.raises(ValueError, match="block must be one of"):
         Format(4, 48)
     with pytest.raises(ValueError, match="scale_dtype"):

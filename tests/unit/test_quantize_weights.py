@@ -207,7 +207,7 @@ def test_quantized_operators_keep_their_place(captured: Callable[[str], Graph]) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "bits must be 2, 4 or 8"),
+        ({"bits": 7}, "bits must be one of 2, 3, 4, 5, 6, 8, or none"),
         ({"bits": 4, "block": 48}, "block must be one of 32, 64, 128"),
         ({"bits": 4, "scales": "bfloat16"}, "scales must be one of"),
         ({"min_size": -1}, "must not be negative"),

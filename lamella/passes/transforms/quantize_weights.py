@@ -1,4 +1,4 @@
-"""Store weights in 2, 4 or 8 bits."""
+"""Store weights in 2 to 8 bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from torch.fx import Node
 from lamella.errors import PassError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
-from lamella.ir.quantize import SCALE_DTYPES, Format, Quantized, integers, quantize
+from lamella.ir.quantize import (
+    BITS,
+    SCALE_DTYPES,
+    Format,
+    Quantized,
+    integers,
+    quantize,
+    wider_kernels,
+)
 from lamella.ir.reducers import MeanSquare
 from lamella.ir.runner import Request
 from lamella.passes.base import Analyses, Effect, Transform
@@ -41,7 +49,8 @@ class QuantizeWeights(Transform):
     are stored as before.
 
     Attributes:
-        bits: 2, 4 or 8 for all; None follows the plan of the graph.
+        bits: 2, 3, 4, 5, 6 or 8 for all; None follows the plan of the graph. There is no kernel
+            for 3, 5 and 6: codes are held in the next width (see `lamella.ir.quantize`).
         block: Weights that share a scale: 32, 64 or 128; only with `bits`.
         symmetric: No zero points, zero is the middle code; only with `bits`.
         scales: ``"float16"`` or ``"float32"``; only with `bits`.
@@ -82,8 +91,9 @@ class QuantizeWeights(Transform):
     by_inputs: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (None, 2, 4, 8):
-            raise ValueError(f"bits must be 2, 4 or 8, or none for the plan, got {self.bits}")
+        if self.bits not in (None, *_WIDTHS):
+            known = ", ".join(map(str, _WIDTHS))
+            raise ValueError(f"bits must be one of {known}, or none for the plan, got {self.bits}")
         if self.scales not in SCALE_DTYPES:
             raise ValueError(
                 f"scales must be one of {', '.join(SCALE_DTYPES)}, got {self.scales!r}"
@@ -96,7 +106,7 @@ class QuantizeWeights(Transform):
             )
         if self.min_rows < 0:
             raise ValueError(f"min_rows must not be negative, got {self.min_rows}")
-        if self.activations != "none" and self.bits in (2, 4):
+        if self.activations != "none" and self.bits not in (None, 8):
             raise ValueError(
                 f"activations={self.activations} needs weights of 8 bits, got bits={self.bits}; "
                 f"use bits=8, or allocate-bits with 8 among its choices"
@@ -118,6 +128,9 @@ class QuantizeWeights(Transform):
                 else:
                     self._rewire(graph, site, quantize(graph.weight(site.node), format, columns))
         graph.plan = {k: v for k, v in graph.plan.items() if k not in plan}
+        wider = wider_kernels(plan[site.weight] for site in todo)
+        if wider:
+            analyses.remark(wider)
         _report(graph, analyses, sites, todo)
 
     def _integer_layers(
@@ -144,7 +157,7 @@ class QuantizeWeights(Transform):
         zeros = None
         if stored.zero_points is not None:
             zeros = graph.add_weight(f"{site.weight}_zeros", stored.zero_points)
-        codes, grid = (packed, scales, zeros), (stored.format.bits, stored.format.block)
+        codes, grid = (packed, scales, zeros), (stored.format.kernel_bits, stored.format.block)
         for reader in site.readers:
             if reader.target is aten.embedding.default:
                 new = _embedding(graph, reader, codes, grid, site)
@@ -158,6 +171,7 @@ class QuantizeWeights(Transform):
 
 
 _AS_IT_IS = Format(bits=32)
+_WIDTHS = tuple(bits for bits in BITS if bits != 32)
 
 
 def _embedding(
