@@ -13,6 +13,7 @@
     │   ├── LossError           a pass cost more than `max_loss`
     │   └── NumericError        an exact pass changed the outputs
     ├── BudgetError             a budget can't be met; names the smallest that can
+    ├── PlanError               a bit plan is malformed, or is for another model (also a ValueError)
     ├── RecipeError             a pipeline is misspelled (also a ValueError)
     ├── PluginError             a plugin failed to load
     ├── SamplesError            samples don't fit the model (also a ValueError)
@@ -82,6 +83,10 @@ class NumericError(PassError):
 
 class BudgetError(LamellaError, ValueError):
     """A budget can't be met; the message names the smallest that can."""
+
+
+class PlanError(LamellaError, ValueError):
+    """A bit plan is missing, malformed, or was made for another model."""
 
 
 class RecipeError(LamellaError, ValueError):

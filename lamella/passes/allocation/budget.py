@@ -1,7 +1,7 @@
 """Budgets: ``4.5`` bits per weight, ``30%`` of the model, ``12MB``, ``3.2ms`` a call.
 
 A plain number says by its size what it means: no model has less than one bit per weight, and
-none has less than 64 bytes.
+none has less than 64 bytes. Several budgets stand in one text, ``"12MB, 3ms, 40ms prefill"``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal
 from lamella.errors import known_names
 
 Unit = Literal["bits", "percent", "bytes", "seconds"]
+Phase = Literal["", "decode", "prefill"]
 
 _UNITS = ("b", "kb", "mb", "gb")
 _BYTES: Mapping[str, int] = MappingProxyType(
@@ -26,8 +27,12 @@ _SECONDS: Mapping[str, float] = MappingProxyType({"us": 1e-6, "ms": 1e-3, "s": 1
 UNITS = ("bits", "%", *_BYTES, *_SECONDS)
 """What the unit of a budget may be called."""
 
+_PHASES: Mapping[str, Phase] = MappingProxyType({"": "", "decode": "decode", "prefill": "prefill"})
 _MOST_BITS = 64
-_SPELLING = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z%]*)\s*", re.IGNORECASE)
+_SPELLING = re.compile(
+    r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z%]*)(?:\s+(decode|prefill)(?:=([0-9]+))?)?\s*",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,22 @@ class Budget:
         unit: ``"bits"`` are bits per entry of the weights that get a format, scales and zeros
             included; ``"percent"`` of the bytes of all weights as they are; ``"bytes"`` of all
             weights afterwards; ``"seconds"`` of a call.
+        phase: Of a language model: which call is meant, or empty where nobody said.
+        tokens: Of the prompt, or in the cache while decoding; None where nobody said.
     """
 
     amount: float
     unit: Unit
+    phase: Phase = ""
+    tokens: int | None = None
 
     @classmethod
     def parse(cls, text: str | float, unit: str = "") -> Budget:
         """Read ``4.5``, ``"4.5 bits"``, ``"30%"``, ``"12MB"``, ``"1.5 GiB"`` or ``"3.2ms"``.
 
         A number without a unit is a share below 1 (0.3 is 30 %), bits per weight up to 64, and
-        bytes above.
+        bytes above. After a time may stand which call of a language model is meant, and its
+        tokens: ``"3ms decode=1024"``, ``"40ms prefill"``.
 
         Args:
             text: The budget.
@@ -86,10 +96,33 @@ class Budget:
         if called == "":
             return cls._of_number(amount)
         if called in _SECONDS:
-            return cls(amount * _SECONDS[called], "seconds")
+            tokens = None if found[4] is None else int(found[4])
+            return cls(
+                amount * _SECONDS[called], "seconds", _PHASES[(found[3] or "").lower()], tokens
+            )
+        if found[3]:
+            raise ValueError(f"only a time is of a call, got {str(text)!r}")
         if called in _BYTES:
             return cls(amount * _BYTES[called], "bytes")
         raise ValueError(f"{_EXPECTED}, got the unit {called!r}{known_names(called, UNITS)}")
+
+    @classmethod
+    def parse_all(cls, text: str | float, unit: str = "") -> tuple[Budget, ...]:
+        """Read several budgets with commas between them; see `parse`.
+
+        Raises:
+            ValueError: One of them is none, or there are two of one kind.
+        """
+        found = tuple(cls.parse(one, unit) for one in str(text).split(","))
+        kinds = [one.kind for one in found]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"there are two budgets of one kind in {str(text)!r}; keep one")
+        return found
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Budgets of one kind limit the same thing."""
+        return ("seconds", self.phase, self.tokens) if self.unit == "seconds" else ("bytes",)
 
     @classmethod
     def _of_number(cls, amount: float) -> Budget:
@@ -113,7 +146,8 @@ class Budget:
         if self.unit == "bits":
             return f"{self.amount:g} bits per weight"
         if self.unit == "seconds":
-            return f"{self.amount * 1e3:g} ms"
+            tokens = "" if self.tokens is None else f"={self.tokens}"
+            return f"{self.amount * 1e3:g} ms {self.phase}{tokens}".rstrip()
         return f"{self.amount:g}%" if self.unit == "percent" else f"{self.amount:.0f} bytes"
 
     def text(self, price: int, model: Model) -> str:
