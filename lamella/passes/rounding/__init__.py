@@ -1,0 +1,1 @@
+"""How the weights of linear layers are rounded when their inputs are known."""
