@@ -1,8 +1,9 @@
 """A folder of Hugging Face whose weights of few bits keep their codes: `compressed-tensors`.
 
 The packing of the format (``pack-quantized``) is that of Lamella with bytes read as 32-bit words:
-codes with the offset ``2**(bits-1)``, low bits first. Codes, scales and zero points go out as they
-are, so that a reader computes exactly the weights of the graph.
+codes with the offset ``2**(bits-1)``, low bits first, in the width of their grid (3, 5 and 6 bits
+are a dense stream). Codes, scales and zero points go out as they are, so that a reader computes
+exactly the weights of the graph.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lamella.checkpoints.safetensors_writer import write_shards
 from lamella.checkpoints.weights import Weight, weights_for
 from lamella.errors import CheckpointError
 from lamella.ir.graph import Graph
-from lamella.ir.packing import pack
+from lamella.ir.packing import pack_dense
 
 Scheme = tuple[int, int, bool]
 """Bits, block and whether it is symmetric."""
@@ -143,6 +144,11 @@ class _Plan:
         few = sum(packed.bits == 2 for packed in self.packed.values())
         if few:
             yield f"{few} weights have 2 bits, for which most runtimes have no fast kernel"
+        if any(packed.bits != packed.held_bits for packed in self.packed.values()):
+            yield (
+                "weights of 3, 5 or 6 bits are one stream of bits, as compressed-tensors reads "
+                "them since 0.20; older readers expect whole codes in each word"
+            )
         if any(not packed.is_symmetric for packed in self.packed.values()):
             yield (
                 "weights with zero points: transformers reads them with compressed-tensors up to "
@@ -250,7 +256,7 @@ def _zeros(packed: Packed, height: int) -> Tensor:
     """Zero points packed along the rows of the weight, ``[words, blocks]``."""
     zeros = packed.zeros()
     assert zeros is not None
-    codes = pack(zeros.t(), packed.bits)
+    codes = pack_dense(zeros.t(), packed.bits)
     missing = height * 4 - codes.shape[1]
     padded = nn.functional.pad(codes, (0, missing))
     return padded.contiguous().view(torch.int32).t().contiguous()

@@ -32,6 +32,11 @@ _FILE_TYPES: Mapping[Kind, int] = {
     Kind.Q4_0: 2,
     Kind.Q4_1: 3,
     Kind.Q8_0: 7,
+    Kind.Q5_0: 8,
+    Kind.Q5_1: 9,
+    Kind.Q2_K: 10,
+    Kind.Q3_K: 12,
+    Kind.Q6_K: 18,
     Kind.BF16: 32,
 }
 _QUANTIZATION_VERSION = 2

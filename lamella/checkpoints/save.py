@@ -19,6 +19,8 @@ from lamella.checkpoints.prepared import Prepared
 from lamella.checkpoints.report import CheckpointReport
 from lamella.errors import CheckpointError, known_names
 from lamella.ir.graph import Graph
+from lamella.ir.plan import PLAN_FILE
+from lamella.ir.stored_plan import stored_plan
 
 Format = Literal["huggingface", "compressed-tensors", "gguf", "onnxruntime-genai", "aotinductor"]
 
@@ -79,8 +81,12 @@ def save_checkpoint(
     target = Path(folder)
     description = Description(f"checkpoint-{format}", {}, report={"remarks": prepared.remarks})
 
+    plan = stored_plan(graph)
+
     def write(aside: Path) -> Mapping[str, Any]:
         prepared.write(aside)
+        if plan is not None:
+            plan.write(aside / PLAN_FILE)
         return {"types": dict(prepared.types)}
 
     save_artifact(target, description, write, prepared.needed_bytes)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lamella.checkpoints.gguf_metadata import frequency_factors, neighbors
-from lamella.checkpoints.gguf_types import encoded
+from lamella.checkpoints.gguf_types import encoded, kind_of, row_bytes
 from lamella.checkpoints.packed import Packed
 from lamella.checkpoints.save import save_checkpoint
 from lamella.checkpoints.weights import Weight
@@ -109,7 +109,29 @@ def test_mixed_bits_load_as_compressed_tensors(tmp_path):
     QuantizationConfig.model_validate(config["quantization_config"])
 
 
-@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_narrow_grids_are_written_in_their_own_width(bits, tmp_path):
+    graph = edited("llama", QuantizeWeights(bits=bits, min_size=0, int8_activations=False))
+    report = save_checkpoint(graph, tmp_path / "out", format="compressed-tensors")
+    assert f"{bits} bits/32" in report.types
+    assert any("one stream of bits" in remark for remark in report.remarks)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    scheme = next(iter(QuantizationConfig.model_validate(config).config_groups.values()))
+    stored = load_file(tmp_path / "out/model.safetensors")
+    layer = "model.layers.1.mlp.down_proj"
+    parts = {n.rpartition(".")[2]: v for n, v in stored.items() if n.startswith(f"{layer}.weight")}
+    weight = _captured("llama").weight(f"{layer}.weight")
+    assert parts["weight_packed"].shape[1] == weight.shape[1] * bits // 32
+    got = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+    assert torch.equal(got, quantize(weight, Format(bits, 32)).dequantized())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    # The embedding is multiplied in half precision by the graph, in single by its reader.
+    torch.testing.assert_close(
+        logits(model, FAMILIES["llama"]), logits(graph, FAMILIES["llama"]), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
 def test_zero_points_are_packed_as_the_package_unpacks_them(bits, tmp_path):
     options: dict[str, Any] = {"symmetric": False, "min_size": 0, "int8_activations": False}
     graph = edited("llama", QuantizeWeights(bits=bits, block=32, **options))
@@ -183,27 +205,44 @@ def graph_architecture(reader: Any) -> str:
         # Rounded again to steps d of max/127 in float16: max is at most 255 s, so that half of d
         # is 1.004 s, and 127 d loses 2^-12 of itself.
         ({"bits": 8, "symmetric": False}, "Q8_0", 255 / 127 / 2 + 255 * 2**-11),
+        ({"bits": 5, "block": 64}, "Q5_0", 0.0),
+        ({"bits": 5, "symmetric": False}, "Q5_1", 31 * 2**-12),
+        # Rows of 160 are no whole groups of 256: the codes fit into four and eight.
+        ({"bits": 3}, "Q4_0", 0.0),
+        ({"bits": 3, "symmetric": False}, "Q4_1", 7 * 2**-12),
+        ({"bits": 6}, "Q8_0", 0.0),
+        # Scales are rounded to multiples of max/31 and max/127: half a multiple times the
+        # largest code, 4 and 32. No scale of these weights is less than 0.45 of the largest; a
+        # float16 adds 2^-11 of a weight, and a code may be the next one where it saves error.
+        ({"bits": 3, "columns": 512}, "Q3_K", 4 / 62 / 0.45 + 4 * 2**-11),
+        ({"bits": 6, "columns": 512, "block": 64}, "Q6_K", 32 / 254 / 0.45 + 32 * 2**-11),
+        # Slope and offset in fifteenths, half of one: of three steps and of two.
+        ({"bits": 2, "columns": 512}, "Q2_K", (3 + 2) / 30 / 0.45 + 5 * 2**-11),
+        ({"bits": 2, "columns": 256, "symmetric": False}, "Q2_K", 6 / 30 / 0.4 + 6 * 2**-11),
     ],
 )
 def test_types_of_gguf(options, kind, tolerance):
     torch.manual_seed(0)
-    layer = torch.nn.Linear(160, 24, bias=False)
-    graph = capture_module(layer, (torch.randn(2, 160),))
+    options = dict(options)
+    width = options.pop("columns", 160)
+    layer = torch.nn.Linear(width, 24, bias=False)
+    graph = capture_module(layer, (torch.randn(2, width),))
     canonicalize(graph)
     QuantizeWeights(min_size=0, int8_activations=False, **options).run(graph, Analyses(graph))
     reader = graph.find(lam.linear_nbits.default)[0]
-    packed = Packed(graph, reader, (24, 160))
+    packed = Packed(graph, reader, (24, width))
     reverse = torch.arange(23, -1, -1)
-    weight = Weight("weight", (24, 160), torch.float32, layer.weight.detach, packed)
+    weight = Weight("weight", (24, width), torch.float32, layer.weight.detach, packed)
     made = encoded("x", weight, lambda value: value[reverse])
     assert made.kind.name == kind
     numbers = gguf.GGMLQuantizationType(int(made.kind))
     got = torch.from_numpy(gguf.dequantize(made.make().numpy(), numbers))[reverse]
     format = Format(options["bits"], options.get("block", 32), options.get("symmetric", True))
     stored = quantize(layer.weight, format)
-    steps = stored.scales.float().abs().repeat_interleave(format.block, 1)[:, :160]
+    steps = stored.scales.float().abs().repeat_interleave(format.block, 1)[:, :width]
     assert bool(((got - stored.dequantized()).abs() <= tolerance * steps).all())
-    assert bool(made.note) == (tolerance > 0 or options["bits"] == 2)
+    assert bool(made.note) == (tolerance > 0 or options["bits"] != int(kind[1]))
+    assert made.nbytes == 24 * row_bytes(kind_of(format.bits, format.symmetric, width), width)
 
 
 def test_rows_of_rotary_pairs_become_neighbors():
