@@ -164,7 +164,7 @@ class _Tap:
 
     def see(self, values: Values) -> None:
         mask = None if self.mask is None else values[self.mask].bool().flatten()
-        rows = [_rows(values[node], self.request.channel_axis, mask) for node in self.nodes]
+        rows = [token_rows(values[node], self.request.channel_axis, mask) for node in self.nodes]
         self.tokens += rows[0].shape[0]
         self.state = self.request.reducer.add(self.state, *rows)
 
@@ -177,8 +177,14 @@ class _Tap:
         return self.request.reducer.result(self.state)
 
 
-def _rows(value: Tensor, channel_axis: int, mask: Tensor | None) -> Tensor:
-    """`value` as ``[tokens, channels]`` without the masked tokens."""
+def token_rows(value: Tensor, channel_axis: int, mask: Tensor | None) -> Tensor:
+    """`value` as ``[tokens, channels]`` without the masked tokens.
+
+    Args:
+        value: Of a node.
+        channel_axis: The axis of the channels.
+        mask: bool ``[batch * sequence]``; None keeps all rows.
+    """
     if value.ndim == 0:
         return value.reshape(1, 1)
     moved = value.movedim(channel_axis, -1)
@@ -243,4 +249,11 @@ def _mask_of(
     return None
 
 
-__all__ = ["Request", "run_outputs", "run_requests", "sweep_requests", "token_mask"]
+__all__ = [
+    "Request",
+    "run_outputs",
+    "run_requests",
+    "sweep_requests",
+    "token_mask",
+    "token_rows",
+]
