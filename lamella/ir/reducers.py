@@ -18,6 +18,7 @@ from torch.nn import functional
 State = tuple[Tensor, ...]
 
 _ROWS = 1024
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class Reducer(abc.ABC):
@@ -150,6 +151,53 @@ class RoundingVariance(Reducer):
         """``[channels]``."""
         total, count, width = state
         return (total / count / 12).repeat_interleave(self.block)[: int(width)]
+
+
+@dataclass(frozen=True)
+class RowMaxima(Reducer):
+    """The largest magnitude of each token, float32 ``[tokens]``, in the order of the samples."""
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """One number for each token."""
+        (value,) = values
+        largest = value.abs().amax(1).float()
+        return (largest if state is None else torch.cat([state[0], largest]),)
+
+    def result(self, state: State) -> Tensor:
+        """``[tokens]``."""
+        return state[0]
+
+
+@dataclass(frozen=True)
+class SampledRows(Reducer):
+    """Rows of some tokens, spread evenly over all, float32 ``[at most limit, channels]``.
+
+    Token i has the priority ``frac((i + seed) * golden ratio)``, and those of least priority are
+    kept: which they are does not depend on how samples are batched.
+
+    Attributes:
+        limit: The most rows that are kept.
+        seed: Another choice of tokens.
+    """
+
+    limit: int
+    seed: int = 0
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """The rows of least priority so far, their priorities, and the count of all."""
+        (value,) = values
+        seen = 0 if state is None else int(state[2])
+        index = torch.arange(seen, seen + value.shape[0], dtype=torch.float64)
+        priorities = (index + self.seed) * _GOLDEN_RATIO % 1.0
+        rows = value.float()
+        if state is not None:
+            rows, priorities = torch.cat([state[0], rows]), torch.cat([state[1], priorities])
+        order = priorities.argsort(stable=True)[: self.limit]
+        return (rows[order], priorities[order], torch.tensor(seen + value.shape[0]))
+
+    def result(self, state: State) -> Tensor:
+        """The rows in the order of their priority."""
+        return state[0]
 
 
 @dataclass(frozen=True)

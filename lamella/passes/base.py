@@ -160,6 +160,11 @@ class Analyses:
             self.statistics(wanted)
         return tuple(self.get(analysis) for analysis in analyses)
 
+    def supply(self, analysis: Analysis[R], result: R) -> None:
+        """Keep the answer of another analysis that was found on the way to one's own."""
+        self._forget_stale()
+        self._results.setdefault(analysis, result)
+
     def statistics(self, requests: Iterable[Request]) -> Mapping[Request, Tensor]:
         """Statistics of the samples; what is known is not computed again.
 

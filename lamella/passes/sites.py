@@ -48,6 +48,11 @@ class Site:
     dtype: torch.dtype
 
     @property
+    def linears(self) -> tuple[Node, ...]:
+        """The linear layers among the readers."""
+        return tuple(node for node in self.readers if node.target is aten.linear.default)
+
+    @property
     def size(self) -> int:
         """Entries of the weight."""
         return self.shape[0] * self.shape[1]

@@ -186,7 +186,7 @@ def test_the_defaults_are_the_estimate_of_fisher(
 ):
     analyses = Analyses(captured("llama"), Samples.of(samples))
     relevance = analyses.get(RelevanceBits(FORMATS, int8_activations=False))
-    fisher = analyses.get(Fisher(FORMATS, int8_activations=False))
+    fisher = analyses.get(Fisher(FORMATS, int8_activations=False, draws=4))
     assert relevance.unit == fisher.unit
     for name, losses in fisher.losses.items():
         for f in FORMATS:

@@ -59,8 +59,14 @@ def sublayer_requests(graph: Graph) -> dict[str, Request]:
     }
 
 
-def _request(reducer: Reducer, before: Node, after: Node, nodes: frozenset[Node]) -> Request:
-    # A stream of images [batch, channels, height, width] has its channels in front.
+def channel_axis(value: Node, nodes: frozenset[Node]) -> int:
+    """The axis of the channels of the stream at `value`, before or behind `nodes`.
+
+    A stream of images ``[batch, channels, height, width]`` has them in front.
+    """
     convolves = any(node.target is aten.conv2d.default for node in nodes)
-    axis = 1 if convolves and before.meta["val"].ndim == 4 else -1
-    return Request.of(reducer, before, after, channel_axis=axis)
+    return 1 if convolves and value.meta["val"].ndim == 4 else -1
+
+
+def _request(reducer: Reducer, before: Node, after: Node, nodes: frozenset[Node]) -> Request:
+    return Request.of(reducer, before, after, channel_axis=channel_axis(before, nodes))

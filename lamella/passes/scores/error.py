@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lamella.data import Samples
 from lamella.ir.graph import Graph
-from lamella.ir.ops import aten
-from lamella.ir.quantize import Format, dequantized
-from lamella.ir.reducers import Gram, RoundingVariance
-from lamella.ir.runner import Request, sweep_requests
+from lamella.ir.quantize import Format
+from lamella.ir.reducers import RoundingVariance
+from lamella.ir.runner import Request
+from lamella.passes.analyses.row_errors import WHOLE, RowErrors, errors_of
 from lamella.passes.base import Analyses
 from lamella.passes.scores.base import BitScore, BitScoreReport, finite
-from lamella.passes.sites import Site, find_sites
+from lamella.passes.sites import find_sites
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,10 @@ class WeightError(BitScore):
 
     def run(self, graph: Graph, analyses: Analyses) -> BitScoreReport:
         """Round every weight to every format."""
-        losses: dict[str, dict[Format, float]] = {}
-        for site in find_sites(graph):
-            weight = graph.weight(site.node).float()
-            size = weight.double().square().sum().clamp(min=1e-30)
-            losses[site.weight] = {
-                f: finite(float(error.double().square().sum() / size), site.weight)
-                for f, error in errors_of(weight, self.formats)
-            }
+        losses = {
+            site.weight: _relative_errors(graph.weight(site.node), self.formats, site.weight)
+            for site in find_sites(graph)
+        }
         return BitScoreReport(self.name, losses, "relative")
 
 
@@ -65,131 +59,58 @@ class OutputError(BitScore):
     formats: tuple[Format, ...] = ()
     int8_activations: bool = True
 
+    def requests(self, graph: Graph) -> tuple[Request, ...]:
+        """What rounding to 8 bits adds to the inputs of all linear layers."""
+        return rounding_requests(graph, self.formats) if self.int8_activations else ()
+
     def run(self, graph: Graph, analyses: Analyses) -> BitScoreReport:
-        """Run the samples once, a block at a time; Gram matrices are forgotten at once."""
-        found: dict[str, dict[Format, float]] = {}
-        for site, inputs in sites_with_inputs(graph, analyses.need_samples(), self._blocks()):
-            weight = graph.weight(site.node).float()
-            ones = torch.ones(weight.shape[0], dtype=torch.float64)
-            size = self._error(weight, weight, ones, inputs, None).clamp(min=1e-30)
-            found[site.weight] = {
-                f: finite(float(self._error(error, weight, ones, inputs, f) / size), site.weight)
-                for f, error in errors_of(weight, self.formats)
-            }
-        losses = {site.weight: found[site.weight] for site in find_sites(graph)}
+        """Add up the errors of the outputs of each layer; several layers count alike."""
+        rows = analyses.get(RowErrors(self.formats)).layers
+        noise = analyses.statistics(self.requests(graph)) if self.int8_activations else {}
+        losses: dict[str, dict[Format, float]] = {}
+        for site in find_sites(graph):
+            weight = graph.weight(site.node)
+            if not site.linears:
+                losses[site.weight] = _relative_errors(weight, self.formats, site.weight)
+                continue
+            columns = weight.double().square().sum(0)
+            losses[site.weight] = dict.fromkeys(self.formats, 0.0)
+            for f in (f for f in self.formats if f.bits != 32):
+                changes = sum(
+                    float(rows[layer.name][f].sum()) + _of_rounding(layer, f, columns, noise)
+                    for layer in site.linears
+                )
+                size = sum(float(rows[layer.name][WHOLE].sum()) for layer in site.linears)
+                losses[site.weight][f] = finite(changes / max(size, 1e-30), site.weight)
         return BitScoreReport(self.name, losses, "relative")
 
-    def _blocks(self) -> tuple[int, ...]:
-        return rounded_blocks(self.formats) if self.int8_activations else ()
 
-    def _error(
-        self,
-        error: Tensor,
-        weight: Tensor,
-        rows: Tensor,
-        inputs: Mapping[str, Inputs],
-        format: Format | None,
-    ) -> Tensor:
-        if not inputs:
-            return quadratic(error, None, rows)
-        terms = [squared_change(error, weight, rows, one, format) for one in inputs.values()]
-        return torch.stack(terms).mean()
+def rounding_request(layer: Node, format: Format) -> Request:
+    """What rounding the input of a linear layer to 8 bits adds to each channel."""
+    return Request.of(RoundingVariance(format.block), str(layer.args[0]))
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What is known of the inputs of a linear layer.
-
-    Attributes:
-        gram: Mean outer product, float32 ``[in, in]``.
-        variances: Block size -> what rounding to 8 bits in such blocks adds, ``[in]``.
-    """
-
-    gram: Tensor
-    variances: Mapping[int, Tensor]
-
-
-def rounded_blocks(formats: tuple[Format, ...]) -> tuple[int, ...]:
-    """The block sizes in which kernels of these formats round activations."""
-    return tuple(sorted({format.block for format in formats if format.bits != 32}))
+def rounding_requests(graph: Graph, formats: tuple[Format, ...]) -> tuple[Request, ...]:
+    """The same for all linear layers and formats."""
+    found = (
+        rounding_request(layer, format)
+        for site in find_sites(graph)
+        for layer in site.linears
+        for format in formats
+        if format.bits != 32
+    )
+    return tuple(dict.fromkeys(found))
 
 
-def errors_of(weight: Tensor, formats: tuple[Format, ...]) -> Iterator[tuple[Format, Tensor]]:
-    """Each format and the error it makes, ``W' - W``; zeros for a weight left as it is."""
-    for format in formats:
-        yield format, dequantized(weight, format) - weight
+def _of_rounding(
+    layer: Node, format: Format, columns: Tensor, noise: Mapping[Request, Tensor]
+) -> float:
+    """``sum_k v_k sum_n W_nk^2`` for the variance v of the rounding of inputs."""
+    variance = noise.get(rounding_request(layer, format))
+    return 0.0 if variance is None else float(columns @ variance)
 
 
-def quadratic(error: Tensor, gram: Tensor | None, rows: Tensor) -> Tensor:
-    """``sum_n rows_n * error_n G error_n^T`` as float64.
-
-    Args:
-        error: ``[out, in]``.
-        gram: ``[in, in]``, or None for the identity.
-        rows: The weight of each row, ``[out]``.
-    """
-    projected = error if gram is None else error @ gram.to(error.dtype)
-    per_row = (projected * error).sum(1, dtype=torch.float64)
-    return (per_row * rows).sum()
-
-
-def squared_change(
-    error: Tensor, weight: Tensor, rows: Tensor, inputs: Inputs, format: Format | None
-) -> Tensor:
-    """The expected squared change of the outputs of a linear layer, each row times `rows`.
-
-    ``sum_n rows_n (D_n G D_n^T + sum_k W_nk^2 v_k)``: the error D of the weight, and the
-    variance v that the rounding of the inputs adds where `inputs` has it for the format.
-
-    Args:
-        error: ``[out, in]``.
-        weight: ``[out, in]``.
-        rows: ``[out]``, float64.
-        inputs: Statistics of the inputs.
-        format: None, or the format that decides how inputs are rounded.
-    """
-    change = quadratic(error, inputs.gram, rows)
-    if format is None or format.bits == 32 or format.block not in inputs.variances:
-        return change
-    per_row = weight.double().square() @ inputs.variances[format.block].double()
-    return change + (per_row * rows).sum()
-
-
-def sites_with_inputs(
-    graph: Graph, samples: Samples, blocks: tuple[int, ...]
-) -> Iterator[tuple[Site, Mapping[str, Inputs]]]:
-    """Every site with the statistics of the inputs of each linear layer that reads it, by name.
-
-    The samples run once; a few Gram matrices are alive at a time. For a weight that only
-    embeddings read the mapping is empty.
-    """
-    waiting = {site.weight: site for site in find_sites(graph)}
-    requests = {name: _requests(site, blocks) for name, site in waiting.items()}
-    known: dict[Request, Tensor] = {}
-    for name in [name for name, needed in requests.items() if not needed]:
-        yield waiting.pop(name), {}
-    needed = [request for some in requests.values() for request in some]
-    for finished in sweep_requests(graph, samples, needed):
-        known.update(finished)
-        for name in [n for n in waiting if all(one in known for one in requests[n])]:
-            site = waiting.pop(name)
-            yield site, {reader.name: _inputs(reader, blocks, known) for reader in linears(site)}
-        still = {request for name in waiting for request in requests[name]}
-        known = {request: value for request, value in known.items() if request in still}
-
-
-def linears(site: Site) -> tuple[Node, ...]:
-    """The linear layers that read a weight."""
-    return tuple(reader for reader in site.readers if reader.target is aten.linear.default)
-
-
-def _requests(site: Site, blocks: tuple[int, ...]) -> tuple[Request, ...]:
-    values = dict.fromkeys(str(linear.args[0]) for linear in linears(site))
-    reducers = (Gram(), *(RoundingVariance(block) for block in blocks))
-    return tuple(Request.of(reducer, value) for value in values for reducer in reducers)
-
-
-def _inputs(linear: Node, blocks: tuple[int, ...], known: Mapping[Request, Tensor]) -> Inputs:
-    value = str(linear.args[0])
-    variances = {block: known[Request.of(RoundingVariance(block), value)] for block in blocks}
-    return Inputs(known[Request.of(Gram(), value)], variances)
+def _relative_errors(weight: Tensor, formats: tuple[Format, ...], name: str) -> dict[Format, float]:
+    size = max(float(weight.double().square().sum()), 1e-30)
+    errors = {f: float(e.double().square().sum()) for f, e in errors_of(weight.float(), formats)}
+    return {f: finite(errors.get(f, 0.0) / size, name) for f in formats}

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from lamella.data import Samples
 from lamella.ir.graph import Graph
+from lamella.ir.operators import round_to_int8
+from lamella.ir.ops import aten
 from lamella.ir.quantize import Format, dequantized
-from lamella.ir.reducers import RoundingVariance
-from lamella.ir.runner import Request
 from lamella.passes.base import Analyses
 from lamella.passes.scores.base import BitScore, BitScoreReport, finite
-from lamella.passes.scores.error import linears, rounded_blocks
-from lamella.passes.scores.gradients import GradientRun
-from lamella.passes.scores.target import (
-    LossTarget,
-    drawn_loss,
-    first_sequences,
-    loss_target,
-    single_sequences,
-)
+from lamella.passes.scores.gradients import GradientRun, Watcher
+from lamella.passes.scores.output_gradients import Draws, OutputGradients, Taps
+from lamella.passes.scores.target import loss_target
 from lamella.passes.sites import Site, find_sites
 
 _ERROR_BYTES = 1 << 30
@@ -36,23 +30,28 @@ class Fisher(BitScore):
     """The expected loss of rounding one weight, from second-order information.
 
     The error D of a weight changes the loss by ``1/2 E[<G, D>^2]``, where G is the gradient of
-    the summed loss of one sequence with respect to the weight. For logits the labels are drawn
-    from the model itself, and the result estimates the KL divergence per token; for other
-    outputs the gradient is that of random projections of the normalized output, and the result
-    estimates ``1 - cos``. With `int8_activations` the rounding of the inputs of linear layers
-    adds ``1/2 sum_n E[g_n^2] sum_k W_nk^2 v_k`` (`RoundingVariance`), with g the gradient at the
-    output of the layer.
+    the loss of one sequence with respect to the weight. For logits the loss has the Fisher
+    matrix of the model's own distribution as second moment, and the result estimates the KL
+    divergence per token; for other outputs the gradient is that of random projections of the
+    normalized output, and the result estimates ``1 - cos`` (see `drawn_loss`). With
+    `int8_activations` the rounding of the inputs of linear layers adds
+    ``1/2 E sum_k (h_k (x'_k - x_k))^2``, with h the gradient at the input by way of that layer:
+    errors of rounding have no common direction, over channels or over tokens.
 
     Errors of all tokens of a sequence are added before they are squared: those of keys and
-    values point the same way at every token. The form that treats tokens as independent (the
-    mean outer product of the inputs times that of the gradients) was measured to be off by a
-    factor of 2 to 3 between layers on encoders, this one by 1.1 to 1.2.
+    values point the same way at every token. `fisher-gram` treats tokens and outputs as
+    independent, and is off by more where they are not (vision transformers).
+
+    It costs a forward run of each sequence, and for each draw a backward run and one product
+    per weight, as a backward run of training: three forward runs with one draw. A draw of a
+    sequence says little (the squares that are averaged spread by 1.4 times their mean), so
+    sequences should be many rather than long: 128 of them need one draw each.
 
     Attributes:
         formats: The formats to score.
         int8_activations: Whether the kernel rounds its input to 8 bits.
         sequences: How many sequences of the samples run, one at a time.
-        draws: Labels or projections per sequence.
+        draws: Losses per sequence; None means as many as make 128 with all sequences.
         seed: Of the draws.
 
     Raises:
@@ -67,86 +66,35 @@ class Fisher(BitScore):
 
     formats: tuple[Format, ...] = ()
     int8_activations: bool = True
-    sequences: int = 32
-    draws: int = 4
+    sequences: int = 128
+    draws: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sequences < 1 or self.draws < 1:
-            raise ValueError(
-                f"sequences and draws must be at least 1, got {self.sequences} and {self.draws}"
-            )
-
-    def requests(self, graph: Graph) -> tuple[Request, ...]:
-        """What rounding to 8 bits adds to the inputs of all linear layers."""
-        if not self.int8_activations:
-            return ()
-        values = {str(one.args[0]) for site in find_sites(graph) for one in linears(site)}
-        blocks = rounded_blocks(self.formats)
-        return tuple(
-            Request.of(RoundingVariance(block), value)
-            for value in sorted(values)
-            for block in blocks
-        )
+        self._draws()
 
     def run(self, graph: Graph, analyses: Analyses) -> BitScoreReport:
         """Run the sequences once for every gigabyte of errors."""
-        samples = first_sequences(analyses.need_samples(), self.sequences)
-        requests = self.requests(graph)
-        noise = analyses.statistics(requests) if requests else {}
+        samples = analyses.need_samples()
         target = loss_target(graph)
         rounded = tuple(f for f in self.formats if f.bits != 32)
         losses: dict[str, dict[Format, float]] = {}
+        taps, tokens = Taps(), 0
         for sites in groups_in_memory(find_sites(graph), len(rounded)):
-            found = self._gradients(graph, target, samples, sites, rounded)
+            effects = _Effects(graph, sites, rounded, int8_activations=self.int8_activations)
+            found = GradientRun(graph, target, sites, [effects, taps])
+            self._draws().run(found, target, samples)
+            tokens = found.tokens
             for site in sites:
-                weight = graph.weight(site.node)
+                loss = dict(zip(rounded, effects.losses(site, tokens), strict=True))
                 losses[site.weight] = {
-                    f: finite(self._loss(found, site, weight, f, noise), site.weight)
-                    for f in self.formats
+                    f: finite(loss.get(f, 0.0), site.weight) for f in self.formats
                 }
+        analyses.supply(OutputGradients(self.sequences, self.draws, self.seed), taps.report(tokens))
         return BitScoreReport(self.name, losses, target.unit)
 
-    def _gradients(
-        self,
-        graph: Graph,
-        target: LossTarget,
-        samples: Samples,
-        sites: Sequence[Site],
-        formats: tuple[Format, ...],
-    ) -> GradientRun:
-        """The projections of the gradients on the errors of some weights."""
-        errors: dict[str, Tensor] = {}
-        for site in sites:
-            weight = graph.weight(site.node).float()
-            rounded = [dequantized(weight, f) - weight for f in formats]
-            errors[site.weight] = torch.stack(rounded) if rounded else weight[None][:0]
-        found = GradientRun(graph, target, sites, formats, errors)
-        generator = torch.Generator().manual_seed(self.seed)
-        for sample in single_sequences(samples):
-            rows = found.forward(sample)
-            for draw in range(self.draws):
-                found.backward(drawn_loss(rows, target, generator), again=draw + 1 < self.draws)
-        return found
-
-    def _loss(
-        self,
-        found: GradientRun,
-        site: Site,
-        weight: Tensor,
-        format: Format,
-        noise: Mapping[Request, Tensor],
-    ) -> float:
-        if format.bits == 32:
-            return 0.0
-        loss = found.loss(site, format)
-        for reader in linears(site) if noise else ():
-            rows = found.squares(reader)
-            variance = noise[Request.of(RoundingVariance(format.block), str(reader.args[0]))]
-            if rows is not None:
-                per_row = weight.double().square() @ variance
-                loss += 0.5 * float(per_row @ rows)
-        return loss
+    def _draws(self) -> Draws:
+        return Draws(self.sequences, self.draws, self.seed)
 
 
 def groups_in_memory(sites: Sequence[Site], formats: int) -> Iterator[list[Site]]:
@@ -162,3 +110,62 @@ def groups_in_memory(sites: Sequence[Site], formats: int) -> Iterator[list[Site]
         held += nbytes
     if group:
         yield group
+
+
+class _Effects(Watcher):
+    """Projects gradients on the errors of some weights: adds up ``<G, D>^2``."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        sites: Sequence[Site],
+        formats: tuple[Format, ...],
+        *,
+        int8_activations: bool,
+    ) -> None:
+        """Round the weights; `formats` are those that change something."""
+        self._formats = formats
+        self._blocks = sorted({f.block for f in formats}) if int8_activations else []
+        self._site_of = {reader: site.weight for site in sites for reader in site.readers}
+        self._errors: dict[str, Tensor] = {}
+        for site in sites:
+            weight = graph.weight(site.node).float()
+            errors = [dequantized(weight, f) - weight for f in formats]
+            self._errors[site.weight] = torch.stack(errors) if errors else weight[None][:0]
+        none = torch.zeros(len(formats), dtype=torch.float64)
+        self._projected: dict[str, Tensor] = {}
+        self._squares = dict.fromkeys(self._errors, none)
+        self._rounding = dict.fromkeys(self._errors, none)
+
+    def outputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
+        """Project on the errors of the weight; what several readers give is added."""
+        name = self._site_of[reader]
+        errors = self._errors[name]
+        if reader.target is aten.embedding.default:
+            found = torch.einsum("ftk,tk->f", errors[:, read], gradient)
+        else:
+            found = errors.flatten(1) @ (gradient.t() @ read.float()).flatten()
+        self._projected[name] = self._projected.get(name, 0) + found.double()
+
+    def inputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
+        """Add what rounding the input does, entry by entry."""
+        by_block = {block: _rounded(read, gradient, block) for block in self._blocks}
+        if by_block:
+            added = torch.tensor([by_block[f.block] for f in self._formats], dtype=torch.float64)
+            self._rounding[self._site_of[reader]] = self._rounding[self._site_of[reader]] + added
+
+    def finish(self) -> None:
+        """The gradient of one loss is complete: its projections are squared."""
+        for name, projected in self._projected.items():
+            self._squares[name] = self._squares[name] + projected.square()
+        self._projected.clear()
+
+    def losses(self, site: Site, tokens: int) -> list[float]:
+        """The loss per token in each format; 0 where no gradient reaches the weight."""
+        total = self._squares[site.weight] + self._rounding[site.weight]
+        return (0.5 / max(tokens, 1) * total).tolist()
+
+
+def _rounded(read: Tensor, gradient: Tensor, block: int) -> float:
+    change = gradient * (round_to_int8(read, block) - read).float()
+    return float(change.double().square().sum())

@@ -1,11 +1,11 @@
-"""Backward runs of a graph, and what gradients say about the errors of weights."""
+"""Backward runs of a graph: gradients are shown to watchers when they are made, and not kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import abc
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
@@ -14,17 +14,47 @@ from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.operators import REFERENCE
 from lamella.ir.ops import aten, lam
-from lamella.ir.quantize import Format
-from lamella.ir.segments import Calls, Values, program
+from lamella.ir.segments import Values, program
 from lamella.passes.scores.target import LossTarget
 from lamella.passes.sites import Site
 
 
-class GradientRun:
-    """Projects gradients on the errors of weights, sample by sample.
+class Watcher(abc.ABC):
+    """Makes something of the gradients at the layers that read some weights."""
 
-    For each weight and format it adds up ``<G, D>^2`` over samples and draws, where G is the
-    gradient of the loss with respect to the weight, never kept, and D the error.
+    @abc.abstractmethod
+    def outputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
+        """The gradient at what a layer computed.
+
+        Args:
+            reader: A linear layer or an embedding.
+            read: Its input, ``[tokens, in]``, or the indices of an embedding, ``[tokens]``.
+            gradient: ``[tokens, out]``, float32.
+        """
+
+    @abc.abstractmethod
+    def inputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
+        """The gradient at what a linear layer read, by way of this layer alone.
+
+        Args:
+            reader: A linear layer.
+            read: Its input, ``[tokens, in]``.
+            gradient: ``[tokens, in]``, float32.
+        """
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """The gradients of one loss have all been seen."""
+
+
+class GradientRun:
+    """Runs a graph forwards and backwards, sample by sample, and shows gradients to watchers.
+
+    A forward run is one for the cost, and a backward run about another: gradients of activations
+    alone are computed, those of weights are the business of watchers.
+
+    Attributes:
+        tokens: Rows of the target that were run, each time a loss of them was taken.
     """
 
     def __init__(
@@ -32,8 +62,7 @@ class GradientRun:
         graph: Graph,
         target: LossTarget,
         sites: Sequence[Site],
-        formats: tuple[Format, ...],
-        errors: Mapping[str, Tensor],
+        watchers: Sequence[Watcher],
     ) -> None:
         """Watch the readers of `sites`.
 
@@ -41,91 +70,79 @@ class GradientRun:
             graph: The graph.
             target: The output that the loss is taken of.
             sites: Weights of linear layers and embeddings.
-            formats: What `errors` are the errors of.
-            errors: Name of the weight -> ``[formats, out, in]``.
+            watchers: Who is shown gradients.
         """
         kept = [target.node] if target.mask is None else [target.node, target.mask]
+        self.tokens = 0
         self._running = program(graph, kept)
         self._target = target
-        self._formats = formats
-        self._errors = errors
-        self._site_of = {reader: site.weight for site in sites for reader in site.readers}
-        self._projected: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._squares: dict[Node, Tensor] = {}
-        self._tokens = 0
-        self._draws = 0
-        self._samples = 0
+        self._readers = {reader for site in sites for reader in site.readers}
+        self._watchers = watchers
+        self._rows = 0
 
     def forward(self, sample: Mapping[str, Any]) -> Tensor:
         """The rows of the target for one sample, recorded for `backward`."""
         values = self._running.start(sample)
         for segment in self._running.segments:
             weights = segment.read_weights(self._running.graph)
-            calls = _differentiable(segment.nodes)
+            calls = differentiable(segment.nodes)
+            linears = [node for node in segment.nodes if self._is_linear(node)]
+            calls |= {node: self._linear(node) for node in linears}
             segment.run(values, weights, self._watch, calls=calls, gradients=True)
         rows = self._target.rows(values)
-        self._tokens += rows.shape[0]
-        self._samples += 1
+        self._rows = rows.shape[0]
         return rows
 
     def backward(self, loss: Tensor, *, again: bool) -> None:
-        """Add the gradients of one loss.
+        """Show the gradients of one loss.
 
         Args:
             loss: A scalar made of the rows that `forward` gave.
             again: Whether another loss of the same rows will come.
         """
-        self._projected.clear()
         if loss.requires_grad:
             loss.backward(retain_graph=again)
-        self._draws += 1
-        for name, projected in self._projected.items():
-            self._sums[name] = self._sums.get(name, 0) + projected.square()
+        self.tokens += self._rows
+        for watcher in self._watchers:
+            watcher.finish()
 
-    def loss(self, site: Site, format: Format) -> float:
-        """Half the mean square of the projection, per token; 0 if no gradient reaches it."""
-        if site.weight not in self._sums or self._tokens == 0:
-            return 0.0
-        return 0.5 * float(self._sums[site.weight][self._formats.index(format)]) / self._count
-
-    def squares(self, reader: Node) -> Tensor | None:
-        """The squared gradients at the output of a layer, per token: float64 ``[out]``."""
-        found = self._squares.get(reader)
-        return None if found is None else found / self._count
-
-    @property
-    def _count(self) -> float:
-        """Tokens times draws per sample."""
-        return self._tokens * self._draws / self._samples
+    def _is_linear(self, node: Node) -> bool:
+        return node in self._readers and node.target is aten.linear.default
 
     def _watch(self, node: Node, values: Values) -> None:
-        if node not in self._site_of:
+        if node not in self._readers:
             return
         value: Tensor = values[node]
         if not value.requires_grad:
             value = values[node] = value.detach().requires_grad_()
-        bound = ops.bind(node)
         is_table = node.target is aten.embedding.default
-        read: Tensor = values[bound["indices" if is_table else "input"]].detach()
-        value.register_hook(lambda gradient: self._add(node, read, gradient))
+        read: Tensor = values[ops.bind(node)["indices" if is_table else "input"]].detach()
+        flat = read.reshape(-1) if is_table else read.reshape(-1, read.shape[-1])
 
-    def _add(self, node: Node, read: Tensor, gradient: Tensor) -> None:
-        name = self._site_of[node]
-        errors = self._errors[name]
-        rows = gradient.reshape(-1, gradient.shape[-1]).float()
-        if node.target is aten.embedding.default:
-            changes = errors[:, read.reshape(-1)]
-            projected = torch.einsum("ftk,tk->f", changes, rows)
-        else:
-            of_weight = rows.t() @ read.reshape(-1, read.shape[-1]).float()
-            projected = errors.flatten(1) @ of_weight.flatten()
-            squares = rows.double().square().sum(0)
-            self._squares[node] = self._squares.get(node, 0) + squares
-        self._projected[name] = self._projected.get(name, 0) + projected.double()
+        def show(gradient: Tensor) -> None:
+            for watcher in self._watchers:
+                watcher.outputs(node, flat, gradient.reshape(-1, gradient.shape[-1]).float())
+
+        value.register_hook(show)
+
+    def _linear(self, node: Node) -> Callable[..., Tensor]:
+        """A linear layer that reads a view of its input, whose gradient is by way of it alone."""
+
+        def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            view = input.view_as(input) if input.requires_grad else input.detach().requires_grad_()
+            flat = input.detach().reshape(-1, input.shape[-1])
+
+            def show(gradient: Tensor) -> None:
+                for watcher in self._watchers:
+                    watcher.inputs(node, flat, gradient.reshape(-1, gradient.shape[-1]).float())
+
+            view.register_hook(show)
+            return functional.linear(view, weight, bias)
+
+        return linear
 
 
-def _differentiable(nodes: Iterable[Node]) -> Calls:
+def differentiable(nodes: Iterable[Node]) -> dict[Node, Callable[..., Any]]:
     """Our own operators have no derivative; their references in plain PyTorch have."""
     return {node: _reference(node.target) for node in nodes if node.target in REFERENCE}
 

@@ -12,6 +12,7 @@ from lamella.ir.quantize import Format
 from lamella.passes.scores.base import BitScore, Level, Score
 from lamella.passes.scores.error import OutputError, WeightError
 from lamella.passes.scores.fisher import Fisher
+from lamella.passes.scores.fisher_gram import FisherGram
 from lamella.passes.scores.kl import MeasuredKl
 from lamella.passes.scores.lrp_qvit import LrpQvit
 from lamella.passes.scores.prior import LimBits, RandomBits, SimilarityBits, SizeBits, ZdBits
@@ -38,6 +39,7 @@ BIT_SCORES: Mapping[str, Callable[..., BitScore]] = MappingProxyType(
         c.name: c
         for c in (
             Fisher,
+            FisherGram,
             RelevanceBits,
             LrpQvit,
             MeasuredKl,

@@ -108,10 +108,21 @@ def single_sequences(samples: Samples) -> Iterator[Mapping[str, Any]]:
 
 
 def drawn_loss(rows: Tensor, target: LossTarget, generator: torch.Generator) -> Tensor:
-    """A sum over tokens whose gradients have the Fisher matrix as second moment."""
+    """A sum over tokens whose gradients have the Fisher matrix as second moment.
+
+    For logits with the probabilities p the gradient is ``sqrt(p) * s - p (sqrt(p) . s)`` with
+    random signs s, whose second moment is ``diag(p) - p p^T``, as that of labels drawn from p.
+    Labels need many more draws where p is close to one of them: nearly all of their gradients
+    are close to zero there, and a few are large.
+
+    Args:
+        rows: ``[tokens, channels]``.
+        target: What the rows hold.
+        generator: Of the signs.
+    """
+    signs = 2.0 * torch.randint(0, 2, rows.shape, generator=generator) - 1.0
     if target.kind == "logits":
-        logs = functional.log_softmax(rows.float(), dim=-1)
-        labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
-        return -logs.gather(1, labels).sum()
-    directions = functional.normalize(rows.float(), dim=-1)
-    return (directions * torch.randn(rows.shape, generator=generator)).sum()
+        shares = rows.detach().float().softmax(-1)
+        drawn = shares.sqrt() * signs
+        return (rows.float() * (drawn - shares * drawn.sum(-1, keepdim=True))).sum()
+    return (functional.normalize(rows.float(), dim=-1) * signs).sum()
