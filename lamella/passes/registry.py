@@ -12,6 +12,7 @@ from lamella.passes.analyses.branch_similarity import BranchSimilarity
 from lamella.passes.analyses.cost import Cost
 from lamella.passes.analyses.latency import Latency
 from lamella.passes.analyses.layer_input_modification import LayerInputModification
+from lamella.passes.analyses.pareto import Pareto
 from lamella.passes.analyses.relevance import Relevance
 from lamella.passes.analyses.z_score_distribution import ZScoreDistribution
 from lamella.passes.base import Analysis, Transform
@@ -20,14 +21,18 @@ from lamella.passes.transforms.blend_weights import BlendWeights
 from lamella.passes.transforms.drop_blocks import DropBlocks
 from lamella.passes.transforms.drop_sublayers import DropSublayers
 from lamella.passes.transforms.fold_norms import FoldNorms
+from lamella.passes.transforms.fold_scales import FoldScales
+from lamella.passes.transforms.follow_plan import FollowPlan
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 from lamella.passes.transforms.restore_blocks import RestoreBlocks
 
 TRANSFORMS: tuple[type[Transform], ...] = (
     FoldNorms,
+    FoldScales,
     DropBlocks,
     DropSublayers,
     AllocateBits,
+    FollowPlan,
     QuantizeWeights,
     BlendWeights,
     RestoreBlocks,
@@ -39,6 +44,7 @@ ANALYSES: tuple[type[Analysis[Any]], ...] = (
     Latency,
     BranchSimilarity,
     LayerInputModification,
+    Pareto,
     Relevance,
     ZScoreDistribution,
 )
