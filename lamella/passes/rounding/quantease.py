@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -40,7 +40,7 @@ class QuantEase(Rounding):
 
     name: ClassVar[str] = "quantease"
 
-    start: Gptq = Gptq()
+    start: Gptq = field(default_factory=Gptq)
     sweeps: int = 8
     outliers: float = 0.0
 

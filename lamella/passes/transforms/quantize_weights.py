@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from lamella.errors import PassError
+from lamella.data import Samples
+from lamella.errors import PassError, SamplesError
 from lamella.ir.graph import Graph
-from lamella.ir.ops import aten, lam
+from lamella.ir.ops import aten
 from lamella.ir.quantize import (
     BITS,
     SCALE_DTYPES,
     Format,
-    Quantized,
     integers,
     quantize,
     wider_kernels,
@@ -26,8 +26,17 @@ from lamella.ir.quantize import (
 from lamella.ir.reducers import MeanSquare
 from lamella.ir.runner import Request
 from lamella.passes.base import Analyses, Effect, Transform
+from lamella.passes.options import options_of, plain
+from lamella.passes.rounding.base import Rounded
+from lamella.passes.rounding.chain import Chain, ChainOptions
+from lamella.passes.rounding.methods import Method, check_method, rounding_of
+from lamella.passes.rounding.report import tell
+from lamella.passes.rounding.resume import BlockFiles, run_key
+from lamella.passes.rounding.tokens import TokenWeights, gradient_norms
+from lamella.passes.scores.target import loss_target
 from lamella.passes.sites import Site, find_sites, other_weights
 from lamella.passes.transforms.integer_layers import ACTIVATIONS, integer_layers, rewire
+from lamella.passes.transforms.rewiring import rewire_rounded
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,35 @@ class QuantizeWeights(Transform):
             faster on this machine for one input of 128 tokens; only with `activations`.
         by_inputs: Weigh the squared error of each column by the mean square of its inputs over
             the samples, instead of all alike.
+        method: How weights are rounded: ``"rtn"`` to nearest, each entry for itself, without
+            samples; ``"gptq"`` so that columns make up for the errors of those before them;
+            ``"quantease"`` descends from there one column at a time; ``"flexround"`` learns
+            scales and rounding by gradients, block by block, and takes minutes; ``"pb-llm"``
+            keeps a share of the weights in 8 bits and one bit of each other, which no kernel
+            reads (the weights stay dense).
+        damping: Share of the mean of its diagonal that is added to a Gram matrix; ten times as
+            much where that is not enough, up to 1. For gptq, quantease and pb-llm.
+        act_order: Round the columns with the largest inputs first; it leaves no trace in what is
+            stored. For gptq and quantease.
+        sweeps: How often quantease visits every column, at most.
+        outliers: Share of the columns that quantease keeps exactly in a linear layer beside the
+            codes.
+        salient: Share of the weights that pb-llm keeps in 8 bits.
+        steps: How many updates of each block flexround makes.
+        tokens: How much tokens count in a Gram matrix: ``"uniform"``; ``"attention"``, by how
+            much attention they get in the block; ``"gradient"``, by the squared gradient at the
+            output of the layer, which needs the activations of one sample in all blocks.
+        sequential: Layers are rounded for the inputs that the rounded layers before them give;
+            otherwise for those of the model as it is.
+        resume: A folder where finished blocks are kept: the same call goes on after the last of
+            them when it was interrupted, and gives the same bits. For all methods but rtn.
 
     Raises:
-        ValueError: An option has another value.
+        ValueError: An option has another value, or the method does not take it.
 
     References:
-        [Frantar2023] for the problem that `by_inputs` solves per column, [Dettmers2022] for
-        scales per block.
+        [Frantar2023] and [Behdin2023] for the layer's problem, [LeeJ2023], [Shang2024] and
+        [Sung2025] for methods, [Dettmers2022] for scales per block.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -89,6 +120,16 @@ class QuantizeWeights(Transform):
     min_rows: int = 16
     measure: bool = False
     by_inputs: bool = False
+    method: Method = "rtn"
+    damping: float = 0.01
+    act_order: bool = True
+    sweeps: int = 8
+    outliers: float = 0.0
+    salient: float = 0.1
+    steps: int = 200
+    tokens: str = "uniform"
+    sequential: bool = True
+    resume: Path | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (None, *_WIDTHS):
@@ -112,6 +153,13 @@ class QuantizeWeights(Transform):
                 f"use bits=8, or allocate-bits with 8 among its choices"
             )
         self._format(self.bits or 4)
+        defaults = {field.name: field.default for field in fields(self)}
+        check_method(self.method, vars(self), defaults)
+        if self.method == "pb-llm" and self.bits not in (None, 8):
+            raise ValueError(
+                f"method=pb-llm stores salient weights in 8 bits, got bits={self.bits}; use bits=8 "
+                f"and salient= for their share"
+            )
 
     def run(self, graph: Graph, analyses: Analyses) -> None:
         """Replace the readers of each weight of the plan."""
@@ -120,18 +168,63 @@ class QuantizeWeights(Transform):
         todo = [site for site in sites if plan.get(site.weight, _AS_IT_IS).bits != 32]
         importance = _importance(todo, analyses) if self.by_inputs else {}
         per_row = self._integer_layers(graph, analyses, {s: plan[s.weight] for s in todo})
+        in_chain = {site: plan[site.weight] for site in todo if site not in per_row}
+        chained = self._chained(graph, analyses, in_chain)
         for site in todo:
-            format, columns = plan[site.weight], importance.get(site.weight)
+            columns = importance.get(site.weight)
             with _named(site):
                 if site in per_row:
                     rewire(graph, site, integers(graph.weight(site.node), columns), per_row[site])
-                else:
-                    self._rewire(graph, site, quantize(graph.weight(site.node), format, columns))
+                    continue
+                rounded = chained.get(site)
+                if rounded is None:
+                    stored = quantize(graph.weight(site.node), plan[site.weight], columns)
+                    rounded = Rounded(stored)
+                rewire_rounded(graph, site, rounded, int8_activations=self.int8_activations)
         graph.plan = {k: v for k, v in graph.plan.items() if k not in plan}
         wider = wider_kernels(plan[site.weight] for site in todo)
         if wider:
             analyses.remark(wider)
         _report(graph, analyses, sites, todo)
+
+    def _chained(
+        self, graph: Graph, analyses: Analyses, formats: Mapping[Site, Format]
+    ) -> Mapping[Site, Rounded]:
+        """What the method makes of the weights; nothing for rounding to nearest."""
+        rounding = rounding_of(self.method, vars(self))
+        if rounding is None or not formats:
+            return {}
+        samples = _samples(self.method, analyses)
+        weights = self._token_weights(graph, samples, formats)
+        files = None
+        if self.resume is not None:
+            files = BlockFiles(self.resume, self._key(graph, samples, formats))
+            _tell_others(files, analyses)
+        options = ChainOptions(
+            self.sequential, self.int8_activations, weights, files, analyses.progress
+        )
+        chain = Chain(graph, samples, formats, rounding, options)
+        rounded = chain.run()
+        tell(chain.notes, analyses, None if self.method == "flexround" else self.damping)
+        _tell_dense(rounded, analyses)
+        return rounded
+
+    def _token_weights(
+        self, graph: Graph, samples: Samples, formats: Mapping[Site, Format]
+    ) -> TokenWeights:
+        if self.tokens != "gradient":
+            return TokenWeights(self.tokens)
+        readers = [r for s in formats for r in s.readers if r.target is aten.linear.default]
+        norms = gradient_norms(graph, loss_target(graph), samples, readers)
+        return TokenWeights(self.tokens, norms)
+
+    def _key(self, graph: Graph, samples: Samples, formats: Mapping[Site, Format]) -> str:
+        """The digest of all that the rounded weights hang on."""
+        options = {k: v for k, v in plain(options_of(self)).items() if k != "resume"}
+        named = {site.weight: str(format) for site, format in formats.items()}
+        dtypes = {site.weight: str(format.scale_dtype) for site, format in formats.items()}
+        digest = f"{samples.digest} {samples.seed}"
+        return run_key(graph, digest, {"options": options, "formats": named, "scales": dtypes})
 
     def _integer_layers(
         self, graph: Graph, analyses: Analyses, formats: Mapping[Site, Format]
@@ -150,43 +243,9 @@ class QuantizeWeights(Transform):
         widths = {s.weight: max(self.bits, 8) if s.role == "router" else self.bits for s in sites}
         return {s.weight: self._format(widths[s.weight]) for s in sites if s.size >= self.min_size}
 
-    def _rewire(self, graph: Graph, site: Site, stored: Quantized) -> None:
-        """Let the readers of a site read codes, and forget the weight."""
-        packed = graph.add_weight(f"{site.weight}_packed", stored.packed)
-        scales = graph.add_weight(f"{site.weight}_scales", stored.scales)
-        zeros = None
-        if stored.zero_points is not None:
-            zeros = graph.add_weight(f"{site.weight}_zeros", stored.zero_points)
-        codes, grid = (packed, scales, zeros), (stored.format.kernel_bits, stored.format.block)
-        for reader in site.readers:
-            if reader.target is aten.embedding.default:
-                new = _embedding(graph, reader, codes, grid, site)
-            else:
-                bias = graph.operand(reader, "bias")
-                args = (graph.operand(reader, "input"), *codes, bias, *grid)
-                target = lam.linear_nbits.default
-                new = graph.call(target, *args, self.int8_activations, before=reader)
-            graph.replace(reader, new)
-        graph.erase(site.readers)
-
 
 _AS_IT_IS = Format(bits=32)
 _WIDTHS = tuple(bits for bits in BITS if bits != 32)
-
-
-def _embedding(
-    graph: Graph,
-    reader: Node,
-    codes: tuple[Node, Node, Node | None],
-    grid: tuple[int, int],
-    site: Site,
-) -> Node:
-    """Rows of the table, in the dtype that the model goes on with."""
-    args = (*codes, graph.operand(reader, "indices"), *grid, site.shape[1])
-    rows = graph.call(lam.embedding_nbits.default, *args, before=reader)
-    if rows.meta["val"].dtype == site.dtype:
-        return rows
-    return graph.call(aten.to.dtype, rows, site.dtype, before=reader)
 
 
 def _stored_plan(graph: Graph, sites: tuple[Site, ...]) -> Mapping[str, Format]:
@@ -211,6 +270,35 @@ def _named(site: Site) -> Generator[None]:
         yield
     except ValueError as error:
         raise PassError(f"weight {site.weight!r} can't be quantized: {error}") from error
+
+
+def _samples(method: str, analyses: Analyses) -> Samples:
+    if analyses.samples is None:
+        raise SamplesError(
+            f"quantize-weights method={method} rounds weights for the inputs that layers see; "
+            f"pass samples=, an iterable of input dicts, or use method=rtn"
+        )
+    return analyses.samples
+
+
+def _tell_others(files: BlockFiles, analyses: Analyses) -> None:
+    others = files.others()
+    if others:
+        analyses.note(
+            f"{len(others)} files in {str(files.folder)!r} are of another model, other samples, "
+            f"options or versions and are not used: {', '.join(others[:4])}"
+        )
+
+
+def _tell_dense(rounded: Mapping[Site, Rounded], analyses: Analyses) -> None:
+    dense = {site: one for site, one in rounded.items() if one.codes is None}
+    if dense:
+        stored = sum(one.stored_bytes for one in dense.values())
+        weights = sum(site.size for site in dense)
+        analyses.note(
+            f"no kernel reads the codes of {len(dense)} weights, which go on as dense ones; a file "
+            f"of their codes would have {stored} bytes, {8 * stored / weights:.3g} bits per weight"
+        )
 
 
 def _importance(sites: list[Site], analyses: Analyses) -> dict[str, Tensor]:
