@@ -99,7 +99,7 @@ def _relevance(subject: Subject, preset: str) -> Callable[[], object]:
 
     @torch.no_grad()
     def call() -> object:
-        return made.graph(**given)
+        return made(**given)
 
     return call
 

@@ -18,8 +18,11 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+import lamella.ir.adjoint_attention  # pyright: ignore[reportUnusedImport]  (registers)
 import lamella.ir.adjoint_operators  # pyright: ignore[reportUnusedImport]  (registers)
-import lamella.ir.cached_operators  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
+import lamella.ir.cached_operators  # pyright: ignore[reportUnusedImport]  (registers)
+import lamella.ir.integer_operators  # pyright: ignore[reportUnusedImport]  (registers)
+import lamella.ir.rounding_operators  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 aten = torch.ops.aten
 lam = torch.ops.lamella
@@ -101,6 +104,7 @@ def _elementwise(add: Callable[..., None]) -> None:
     add("elementwise", aten.bitwise_not.default, aten.isnan.default, aten.prelu.default)
     add("elementwise", aten.threshold_backward.default, linear_in=("grad_output",))
     add("elementwise", lam.rotary_embedding.default, linear_in=("input",))
+    add("elementwise", lam.round_uniform.default, lam.round_log.default)
 
 
 def _views(add: Callable[..., None]) -> None:
@@ -120,6 +124,8 @@ def _others(add: Callable[..., None]) -> None:
         aten.linear.default,
         lam.linear_nbits.default,
         lam.linear_int8.default,
+        lam.linear_int8_static.default,
+        lam.conv_int8.default,
         aten.conv1d.default,
         aten.conv2d.default,
         aten.conv_transpose2d.input,
@@ -130,6 +136,8 @@ def _others(add: Callable[..., None]) -> None:
     add("contraction", lam.grouped_linear.default, weights=("weight",), linear_in=("input",))
     add("attention", aten.scaled_dot_product_attention.default, linear_in=("value",))
     add("attention", lam.cached_attention.default, linear_in=("value", "past_value"))
+    add("attention", lam.attention_adjoint.default, linear_in=("coefficient",))
+    add("attention", lam.attention_value_adjoint.default, linear_in=("coefficient",))
     add("normalization", aten.layer_norm.default, aten.rms_norm.default, weights=("weight", "bias"))
     add("normalization", aten.group_norm.default, weights=("weight", "bias"))
     add(

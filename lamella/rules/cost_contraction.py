@@ -86,6 +86,24 @@ def attention(call: Call) -> Work:
     return call.work(SOFTMAX * pairs, 2 * pairs * (width + values))
 
 
+def attention_adjoint(call: Call) -> Work:
+    """Scores and their softmax once more, and one product for each of four coefficients."""
+    return _of_pairs(call, 3, 2)
+
+
+def attention_value_adjoint(call: Call) -> Work:
+    """Scores and their softmax once more, and the weighted sum of coefficients."""
+    return _of_pairs(call, 1, 1)
+
+
+def _of_pairs(call: Call, by_width: int, by_values: int) -> Work:
+    """Products for all pairs of a query and a key over the width of queries and of values."""
+    *batch, queries, width = call.shape("query")
+    pairs = product((*batch, queries, call.shape("key")[-2]))
+    values = call.shape("coefficient")[-1]
+    return call.work(SOFTMAX * pairs, 2 * pairs * (by_width * width + by_values * values))
+
+
 def cached_attention(call: Call) -> Work:
     """The same for new queries over the keys of past and new tokens; the cache is those keys."""
     *batch, queries, width = call.shape("query")
@@ -161,6 +179,8 @@ CONTRACTING: Mapping[Target, CostRule] = {
     aten.linear.default: linear,
     lam.linear_nbits.default: linear,
     lam.linear_int8.default: linear,
+    lam.linear_int8_static.default: linear,
+    lam.conv_int8.default: convolution,
     aten.matmul.default: matmul,
     aten.einsum.default: einsum,
     aten.conv1d.default: convolution,
@@ -168,6 +188,8 @@ CONTRACTING: Mapping[Target, CostRule] = {
     aten.conv_transpose2d.input: transposed_convolution,
     lam.grouped_linear.default: grouped_linear,
     aten.scaled_dot_product_attention.default: attention,
+    lam.attention_adjoint.default: attention_adjoint,
+    lam.attention_value_adjoint.default: attention_value_adjoint,
     lam.cached_attention.default: cached_attention,
     lam.selective_scan.default: selective_scan,
     lam.cached_selective_scan.default: selective_scan,

@@ -31,10 +31,13 @@ from lamella.backends.torch.eager import not_canonical, unpacked
 from lamella.backends.torch.inductor import compile_package, load_package
 from lamella.backends.torch.portable import Portable
 from lamella.errors import BackendError
+from lamella.ir.adjoint_attention import ATTENTION_REFERENCE
 from lamella.ir.adjoint_operators import ADJOINT_REFERENCE
 from lamella.ir.cached_operators import CACHED_REFERENCE
 from lamella.ir.graph import Graph
+from lamella.ir.integer_operators import INTEGER_REFERENCE
 from lamella.ir.operators import REFERENCE
+from lamella.ir.rounding_operators import ROUNDING_REFERENCE
 from lamella.ir.signature import Signature
 from lamella.report import Report
 
@@ -212,7 +215,9 @@ def _compile(portable: Portable, package: Path, *, with_weights: bool = False) -
 def _traceable(portable: Portable) -> fx.GraphModule:
     """The module with dense weights, and references in place of operators of Lamella."""
     module, _ = unpacked(portable.module())
-    references = {**REFERENCE, **CACHED_REFERENCE, **ADJOINT_REFERENCE}
+    references = {**REFERENCE, **CACHED_REFERENCE, **ADJOINT_REFERENCE, **ATTENTION_REFERENCE}
+    references |= INTEGER_REFERENCE
+    references |= ROUNDING_REFERENCE
     for node in module.graph.nodes:
         if node.target in references and node.target not in _KEPT:
             node.target = references[node.target]

@@ -11,16 +11,18 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx import Node
 
 from lamella.errors import GraphError, closest
 from lamella.ir.graph import Graph
+from lamella.ir.in_place import in_place
 from lamella.ir.ops import aten
 from lamella.ir.runner import token_mask
 from lamella.passes.relevance.folding import fold_batch_norms
@@ -63,6 +65,23 @@ class RelevanceGraph:
     ledger: tuple[Entry, ...] = field(default=(), repr=False)
     reached: tuple[str, ...] = field(default=(), repr=False)
     replaced: dict[str, str] = field(default_factory=dict[str, str], repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Run the graph in PyTorch: as calling `graph`, in less time and memory.
+
+        Weights that are replaced in `graph` after the first call are not seen.
+        """
+        graph = self.graph
+        values = graph.signature.flatten(args, kwargs)
+        with torch.no_grad():
+            found = graph.run(values) if self._running is None else self._running(*values)
+        return graph.signature.unflatten(found)
+
+    @functools.cached_property
+    def _running(self) -> fx.GraphModule | None:
+        """The module that runs; None where weights are not in memory."""
+        loaded = all(map(self.graph.is_loaded, self.graph.weight_nodes()))
+        return in_place(self.graph) if loaded else None
 
 
 def emit(

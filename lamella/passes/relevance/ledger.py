@@ -53,6 +53,8 @@ _CAUSES: Mapping[Callable[..., Any], str] = MappingProxyType(
         **dict.fromkeys(
             (aten.to.dtype, lam.linear_nbits.default, lam.linear_int8.default), "rounding"
         ),
+        **dict.fromkeys((lam.round_uniform.default, lam.round_log.default), "rounding"),
+        **dict.fromkeys((lam.linear_int8_static.default, lam.conv_int8.default), "rounding"),
         **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar), "constant"),
         **dict.fromkeys((aten.cat.default, aten.stack.default), "constant"),
         **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), "constant"),

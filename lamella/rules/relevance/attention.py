@@ -5,22 +5,20 @@ from queries and keys, with the mask as it is, so that no memory of the size of 
 kept between the forward and the sweep.
 
 References:
-    [Achtibat2024] (plain softmax, shares 1/4, 1/4, 1/2), [Ali2022] (attention as a constant);
-    `methods/relevance.md`, section 3.7.
+    [Achtibat2024] (plain softmax, shares 1/4, 1/4, 1/2), [Ali2022] (attention as a constant).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lamella.ir.ops import aten
-from lamella.rules.relevance.broadcast import sum_to, times
-from lamella.rules.relevance.contraction import transposed
+from lamella.ir.adjoint_attention import probabilities, scores_adjoint
+from lamella.ir.ops import aten, lam
+from lamella.rules.relevance.broadcast import is_one, sum_to, times
 from lamella.rules.relevance.rule import Coefficients, Rule
 
 
@@ -54,11 +52,12 @@ class _Heads:
     def of(cls, query: Any, key: Any, value: Any) -> _Heads:
         many, few = query.shape[-3], key.shape[-3]
         repeats = 1
-        if isinstance(many, int) and isinstance(few, int) and many != few:
+        if isinstance(many, int) and isinstance(few, int) and many != few and few > 1:
             repeats = many // few
         if repeats > 1:
             key = aten.repeat_interleave.self_int(key, repeats, key.ndim - 3)
             value = aten.repeat_interleave.self_int(value, repeats, value.ndim - 3)
+        query, key, value = _expanded(query, key, value)
         return cls(query, key, value, repeats)
 
     def back(self, coefficient: Any, operand: Any) -> Any:
@@ -71,15 +70,24 @@ class _Heads:
         return sum_to(coefficient, operand)
 
 
-@dataclass(frozen=True)
-class _Options:
-    mask: Any
-    is_causal: bool
-    scale: float
+def _expanded(*operands: Any) -> tuple[Any, ...]:
+    """Operands with the same axes before the last two; sizes that vary are alike already."""
+    axes = range(operands[0].ndim - 2)
+    ones = [axis for axis in axes if len({is_one(x.shape[axis]) for x in operands}) > 1]
+    if not ones:
+        return operands
+    shape = list(operands[0].shape)
+    for axis in ones:
+        shape[axis] = next(x.shape[axis] for x in operands if not is_one(x.shape[axis]))
+    lead = shape[:-2]
+    return tuple(aten.expand.default(x, [*lead, *x.shape[-2:]]) for x in operands)
 
 
 def attention(query_share: float, key_share: float, value_share: float) -> Rule:
-    """Attention whose operands get shares of the plain adjoint; a share of 0 is nothing."""
+    """Attention whose operands get shares of the plain adjoint; a share of 0 is nothing.
+
+    Either only the values have a share, or all three do.
+    """
 
     def rule(  # noqa: PLR0913  (the arguments of the operator)
         coefficient: Any,
@@ -95,60 +103,28 @@ def attention(query_share: float, key_share: float, value_share: float) -> Rule:
     ) -> Coefficients:
         heads = _Heads.of(query, key, value)
         factor = 1 / math.sqrt(int(query.shape[-1])) if scale is None else float(scale)
-        options = _Options(attn_mask, is_causal, factor)
-        weights = _probabilities(heads, options)
-        of_value = None
-        if value_share:
-            product = aten.matmul.default(transposed(weights), times(coefficient, value_share))
-            of_value = heads.back(product, value)
-        of_query = of_key = of_mask = None
-        if query_share or key_share:
-            scores = _scores_coefficient(coefficient, output, weights, heads)
-            of_mask = _mask_coefficient(scores, attn_mask)
-            scores = times(scores, factor * query_share)
-            of_query = sum_to(aten.matmul.default(scores, heads.key), query)
-            scores = times(scores, key_share / query_share)
-            of_key = heads.back(aten.matmul.default(transposed(scores), query), key)
+        options = (attn_mask, is_causal, factor)
+        if not query_share:
+            found = lam.attention_value_adjoint.default(
+                coefficient, heads.query, heads.key, *options
+            )
+            of_value = heads.back(times(found, value_share), value)
+            return None, None, of_value, *(None,) * 5
+        read = (output, heads.query, heads.key, heads.value)
+        plain = lam.attention_adjoint.default(coefficient, *read, *options)
+        of_query = sum_to(times(plain[0], query_share), query)
+        of_key = heads.back(times(plain[1], key_share), key)
+        of_value = heads.back(times(plain[2], value_share), value)
+        of_mask = _mask_coefficient(coefficient, output, heads, options)
         return of_query, of_key, of_value, of_mask, None, None, None, None
 
     return rule
 
 
-def _probabilities(heads: _Heads, options: _Options) -> Any:
-    """The softmax of the masked scores; zero where everything is masked, never NaN."""
-    query = times(heads.query, options.scale)
-    scores = aten.matmul.default(query, transposed(heads.key))
-    least = torch.finfo(scores.dtype).min
-    mask = options.mask
-    if options.is_causal:
-        rows = _count(scores.shape[-2])
-        mask = aten.le.Tensor(_count(scores.shape[-1]), aten.unsqueeze.default(rows, 1))
-    if mask is None:
-        return aten.softmax.int(scores, -1)
-    if mask.dtype == torch.bool:
-        allowed = mask
-        scores = aten.where.ScalarOther(allowed, scores, least)
-    else:
-        allowed = mask > -math.inf
-        scores = aten.clamp.default(scores + mask, least)
-    return aten.where.ScalarOther(allowed, aten.softmax.int(scores, -1), 0.0)
-
-
-def _count(size: Any) -> Any:
-    return aten.arange.start_step(0, size, 1, dtype=torch.int64)
-
-
-def _scores_coefficient(coefficient: Any, output: Any, weights: Any, heads: _Heads) -> Any:
-    """``P (M V^T - <M, o>)``; the sum over the keys is taken over the width of the output."""
-    of_weights = aten.matmul.default(coefficient, transposed(heads.value))
-    total = aten.sum.dim_IntList(coefficient * output, [output.ndim - 1], True)
-    return weights * (of_weights - total)
-
-
-def _mask_coefficient(scores: Any, mask: Any) -> Any:
+def _mask_coefficient(coefficient: Any, output: Any, heads: _Heads, options: Any) -> Any:
+    """What is added to the scores has their coefficient, the plain adjoint of the softmax."""
+    mask = options[0]
     if mask is None or mask.dtype == torch.bool:
         return None
-    return sum_to(scores, mask)
-
-
-Attention = Callable[..., Coefficients]
+    weights = probabilities(heads.query, heads.key, *options)
+    return sum_to(scores_adjoint(coefficient, output, weights, heads.value), mask)

@@ -191,6 +191,50 @@ def linear_int8(  # noqa: PLR0913  (the arguments of the operator)
     return found, None, None, of_bias, None
 
 
+def linear_int8_static(  # noqa: PLR0913  (the arguments of the operator)
+    coefficient: Any,
+    output: Any,
+    input: Any,
+    weight: Any,
+    scales: Any,
+    bias: Any,
+    step: float,
+    zero: int,
+) -> Coefficients:
+    """Straight through the rounding of the input, and through the ends of its range."""
+    *found, _ = linear_int8(coefficient, output, input, weight, scales, bias, False)
+    return (*found, None, None)
+
+
+def conv_int8(  # noqa: PLR0913  (the arguments of the operator)
+    coefficient: Any,
+    output: Any,
+    input: Any,
+    weight: Any,
+    scales: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    step: float,
+    zero: int,
+    out_step: float,
+    out_zero: int,
+) -> Coefficients:
+    """Straight through all roundings; what a rectifier at the end cut off gets nothing."""
+    if out_zero == 0:
+        passed = aten.to.dtype(aten.gt.Scalar(output, 0), coefficient.dtype)
+        coefficient = aten.mul.Tensor(coefficient, passed)
+    axes = weight.ndim - 2
+    along = aten.reshape.default(aten.to.dtype(scales, coefficient.dtype), [-1, *[1] * (axes + 1)])
+    dense = aten.mul.Tensor(aten.to.dtype(weight, coefficient.dtype), along)
+    layer = convolution(axes)(stride, padding, dilation, groups)
+    found = layer.adjoint(coefficient, dense, input)
+    of_bias = None if bias is None else layer.bias_sum(coefficient)
+    return (found, None, None, of_bias, *(None,) * 8)
+
+
 def linear_nbits(  # noqa: PLR0913  (the arguments of the operator)
     coefficient: Any,
     output: Any,
@@ -229,5 +273,7 @@ def layers(stabilizer: float = 0.0) -> dict[Target, Rule]:
         **{target: epsilon(opened, stabilizer) for target, opened in LAYERS.items()},
         lam.grouped_linear.default: grouped_linear,
         lam.linear_int8.default: linear_int8,
+        lam.linear_int8_static.default: linear_int8_static,
+        lam.conv_int8.default: conv_int8,
         lam.linear_nbits.default: linear_nbits,
     }

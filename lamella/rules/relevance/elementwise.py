@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from lamella.ir.ops import aten
+from lamella.ir.ops import aten, lam
 from lamella.rules.relevance.broadcast import ratio, sum_to, times
 from lamella.rules.relevance.rule import Coefficients, Rule, nothing
 from lamella.rules.relevance.slopes import SLOPES, Slope
@@ -121,6 +121,11 @@ def cast(coefficient: Any, output: Any, self: Any, *rest: Any) -> Coefficients:
     return (aten.to.dtype(coefficient, self.dtype), *(None,) * len(rest))
 
 
+def rounded(coefficient: Any, output: Any, input: Any, *rest: Any) -> Coefficients:
+    """As if nothing were rounded; what rounding changes is a leak."""
+    return (coefficient, *(None,) * len(rest))
+
+
 LINEAR: Mapping[Target, Rule] = MappingProxyType(
     {
         aten.add.Tensor: add,
@@ -139,6 +144,8 @@ LINEAR: Mapping[Target, Rule] = MappingProxyType(
         aten.remainder.Scalar: remainder,
         aten.remainder.Tensor: remainder,
         aten.to.dtype: cast,
+        lam.round_uniform.default: rounded,
+        lam.round_log.default: rounded,
     }
 )
 """Operators of degree one: the rule is the same in every preset."""

@@ -12,6 +12,7 @@ from lamella.backends.onnxruntime.emission import Emission, Emitter
 from lamella.backends.onnxruntime.emit import (
     activation,
     adjoint,
+    adjoint_attention,
     arithmetic,
     attention,
     cached_attention,
@@ -22,6 +23,7 @@ from lamella.backends.onnxruntime.emit import (
     creation,
     head_scan,
     indexing,
+    integers,
     merged,
     normalization,
     padding,
@@ -39,6 +41,7 @@ from lamella.backends.onnxruntime.emit import (
 _MODULES = (
     activation,
     adjoint,
+    adjoint_attention,
     arithmetic,
     attention,
     cached_attention,
@@ -49,6 +52,7 @@ _MODULES = (
     creation,
     head_scan,
     indexing,
+    integers,
     normalization,
     padding,
     quantized,
