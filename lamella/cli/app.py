@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 import lamella
-from lamella.cli import bench, bisect, compile, explain, generate, inspect, passes, tune, verify
+from lamella.cli import (
+    bench,
+    bisect,
+    compile,
+    explain,
+    generate,
+    inspect,
+    pareto,
+    passes,
+    tune,
+    verify,
+)
 from lamella.cli.console import out, settings, show_warnings
 
 app = typer.Typer(
@@ -19,10 +30,11 @@ app = typer.Typer(
 )
 app.command("compile")(compile.compile_model)
 app.command("generate")(generate.generate_text)
-app.command("explain")(explain.explain_text)
+app.command("explain")(explain.explain_input)
 app.command("inspect")(inspect.inspect_model)
 app.command("passes")(passes.list_passes)
 app.command("bench")(bench.bench_artifacts)
+app.command("pareto")(pareto.pareto_front)
 app.command("tune")(tune.tune_model)
 app.command("verify")(verify.verify_folders)
 app.command("bisect")(bisect.bisect_recipe)

@@ -1,28 +1,34 @@
-"""``lamella explain``: which words an answer hangs on."""
+"""``lamella explain``: which words or pixels an answer hangs on."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lamella.cli.console import Stages, errors_in_one_line, out, show_json
-from lamella.cli.lazy import explaining
+from lamella.cli.lazy import explaining, explanation_files, explanation_reading
 
 if TYPE_CHECKING:
     from lamella.explanation import Explanation
 
 _INDEX = re.compile(r"\(?\s*-?\d+(\s*,\s*-?\d+)+\s*\)?")
+_ENDINGS = (".html", ".json", ".png")
 
 
 @errors_in_one_line()
-def explain_text(  # noqa: PLR0913  (options of a command)
-    model: Annotated[
-        str, typer.Argument(help="Model folder or hub id, with a tokenizer.", show_default=False)
+def explain_input(  # noqa: PLR0913  (options of a command)
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)],
+    given: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="A text, an image, or a .safetensors or .npz file with the inputs by name.",
+            show_default=False,
+        ),
     ],
-    text: Annotated[str, typer.Argument(help="What the model reads.", show_default=False)],
     target: Annotated[
         str,
         typer.Option(
@@ -30,21 +36,40 @@ def explain_text(  # noqa: PLR0913  (options of a command)
             "output, or a seed: logit, contrastive:3, softmax:3, difference:3,5."
         ),
     ] = "logit",
-    preset: Annotated[str, typer.Option(help="Rules: cp, attnlrp, relp, gradient, ….")] = "cp",
+    preset: Annotated[
+        str, typer.Option(help="Rules: cp, attnlrp, relp, gamma, gradient, ….")
+    ] = "cp",
     ledger: Annotated[bool, typer.Option(help="Say what biases and others kept.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(help="Write a picture: the map of the pixels, or bars of blocks and heads."),
+    ] = None,
+    over: Annotated[bool, typer.Option(help="Draw the map of the pixels over the image.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Write what the ending says: .html, .json, .png.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show how much each token, branch and head speaks for an output of the model."""
+    """Show how much each token or pixel, branch and head speaks for an output of the model."""
+    wanted = ((html, (".html",)), (png, (".png",)), (output, _ENDINGS))
+    files = [(path, endings) for path, endings in wanted if path is not None]
+    for path, endings in files:
+        explanation_files.check(path, endings)
     with Stages() as stage:
         stage("explaining")
+        inputs = explanation_reading.read_inputs(model, given)
         found = explaining.explain(
-            model, text, target=_target(target), preset=preset, ledger=ledger
+            model, inputs, target=_target(target), preset=preset, ledger=ledger
         )
-    if html is not None:
-        html.write_text(found.html(), encoding="utf-8")
+    for path, _ in files:
+        found.save(path, over=over)
+    _show(found, as_json=as_json)
+
+
+def _show(found: Explanation, *, as_json: bool) -> None:
     if as_json:
-        show_json(_data(found))
+        show_json(found.data())
         return
     out.print(found.terminal())
 
@@ -56,21 +81,3 @@ def _target(text: str) -> int | str | tuple[int, ...]:
         return int(text)
     except ValueError:
         return text
-
-
-def _data(found: Explanation) -> dict[str, Any]:
-    return {
-        "preset": found.preset,
-        "target": found.target,
-        "start": found.start,
-        "tokens": [
-            {"token": word, "relevance": amount}
-            for word, amount in zip(found.words[0], found.tokens[0].tolist(), strict=True)
-        ],
-        "sublayers": [
-            {"name": part.name, "kind": part.kind, "share": part.share, "flow": part.amounts.flow}
-            for part in found.sublayers
-        ],
-        "ledger": None if found.ledger is None else dict(found.ledger.kept),
-        "closure": None if found.ledger is None else found.ledger.closure,
-    }

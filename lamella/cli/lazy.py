@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lamella.backends import artifact, inputs
     from lamella.checkpoints import save
     from lamella.explanation import explaining
+    from lamella.explanation import files as explanation_files
+    from lamella.explanation import reading as explanation_reading
     from lamella.ir import ops
     from lamella.passes import bisect, instruments, options
     from lamella.passes.analyses import cost
@@ -32,6 +34,8 @@ else:
     bisect = _Lazy("lamella.passes.bisect")
     cost = _Lazy("lamella.passes.analyses.cost")
     explaining = _Lazy("lamella.explanation.explaining")
+    explanation_files = _Lazy("lamella.explanation.files")
+    explanation_reading = _Lazy("lamella.explanation.reading")
     inputs = _Lazy("lamella.backends.inputs")
     instruments = _Lazy("lamella.passes.instruments")
     ops = _Lazy("lamella.ir.ops")
@@ -51,6 +55,8 @@ __all__ = [
     "bisect",
     "cost",
     "explaining",
+    "explanation_files",
+    "explanation_reading",
     "inputs",
     "instruments",
     "machine",

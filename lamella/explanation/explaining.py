@@ -216,6 +216,7 @@ def _told(
         sublayers=report.sublayers,
         heads=report.heads,
         words=_words(source.tokenizer, given),
+        given=given,
         ledger=Ledger(report.ledger, report.closure) if made.ledger else None,
     )
 

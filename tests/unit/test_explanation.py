@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import io
 import json
 
 import pytest
 import torch
 import transformers
+from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lamella
-from lamella.errors import GraphError, SamplesError
-from lamella.explanation import explainer
+from lamella.errors import BackendError, GraphError, SamplesError
+from lamella.explanation import explainer, plots
 from tests.tiny import save_language_model
 
 TEXT = "a small model reads words"
@@ -25,6 +30,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def graph(folder):
     return lamella.capture(folder)
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """Of a text."""
+    return lamella.explain(folder, TEXT, target="logit")
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +89,7 @@ def test_a_padded_row_is_explained_as_it_is_alone(graph, ids):
     assert float(both.tokens[1, 3:].abs().max()) == 0
 
 
-def test_texts_come_with_their_words(folder):
-    found = lamella.explain(folder, TEXT, target="logit")
+def test_texts_come_with_their_words(found):
     assert len(found.words[0]) == found.tokens.shape[1]
     assert "small" in found.words[0]
     assert "small" in str(found)
@@ -148,14 +158,124 @@ def test_a_target_that_is_not_in_the_output_is_refused(graph, ids, target, says)
 def test_what_the_model_does_not_have_is_refused(graph, ids):
     with pytest.raises(SamplesError, match="no tokenizer"):
         lamella.explain(graph, TEXT, target=1)
-    with pytest.raises(SamplesError, match="is an image"):
-        _ = lamella.explain(graph, {"input_ids": ids}, target=1).pixels
+    found = lamella.explain(graph, {"input_ids": ids}, target=1)
+    for ask in (lambda: found.pixels, found.png):
+        with pytest.raises(SamplesError, match="input_ids holds integers, whose relevance is"):
+            ask()
+    with pytest.raises(ValueError, match=r"can't tell from 'why.htm'.* mean '.html'"):
+        found.save("why.htm")
     with pytest.raises(SamplesError, match="pixel_values"):
         lamella.explain(graph, {"input_ids": ids, "pixel_values": ids}, target=1)
     with pytest.raises(SamplesError, match="int32"):
         lamella.explain(graph, {"input_ids": ids.int()}, target=1)
     with pytest.raises(ValueError, match="preset"):
         lamella.explain(graph, {"input_ids": ids}, target=1, preset="best")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A vision transformer with labels, and images of it in a file."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=8,
+        label2id={"cat": 0, "owl": 1},
+        id2label={0: "cat", 1: "owl"},
+    )
+    folder = tmp_path_factory.mktemp("images")
+    transformers.ViTForImageClassification(config).eval().save_pretrained(folder / "model")
+    batch = folder / "batch.safetensors"
+    save_file({"pixel_values": torch.randn(2, 3, 16, 16)}, batch)
+    return folder / "model", batch
+
+
+def colors_of(png):
+    """The pixels of a picture, ``[height, width, 3]`` in [0, 1]."""
+    return torch.from_numpy(imread(io.BytesIO(png))[..., :3])
+
+
+def test_a_pixel_map_is_red_where_pixels_speak_for_and_blue_where_against():
+    relevance = torch.tensor([[[1.0, -1.0], [0.0, 0.0]]])
+    alone = colors_of(plots.pixel_maps(relevance, None, "a class"))
+    # Which half of the picture is which: the map fills it, and the bar of colors is at the right.
+    height, width = alone.shape[:2]
+    red, blue, white = (
+        alone[height * row // 4, width * column // 8] for row, column in ((1, 2), (1, 5), (3, 2))
+    )
+    assert red[0] > 2 * red[2]
+    assert blue[2] > 2 * blue[0]
+    # The middle of a table of 256 colors lies between two of them.
+    torch.testing.assert_close(white, torch.ones(3), rtol=0, atol=0.01)
+    image = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]]).unsqueeze(0)
+    over = colors_of(plots.pixel_maps(relevance, image, "a class"))
+    assert torch.equal(over[height * 1 // 4, width * 2 // 8], red)
+    assert torch.equal(over[height * 3 // 4, width * 2 // 8], torch.zeros(3))
+    with pytest.raises(SamplesError, match="65 images are too many"):
+        plots.pixel_maps(torch.zeros(65, 2, 2), None, "")
+
+
+def test_the_command_explains_images(images, lamella_cli, tmp_path):
+    folder, batch = images
+    files = [tmp_path / name for name in ("map.png", "page.html", "all.json")]
+    status, out, err = lamella_cli(
+        *("explain", folder, batch, "--target", "owl", "--over"),
+        *("--png", files[0], "--html", files[1], "--out", files[2], "--json"),
+    )
+    assert (status, err) == (0, "")
+    assert colors_of(files[0].read_bytes()).ndim == 3
+    assert 'src="data:image/png;base64,' in files[1].read_text()
+    data = json.loads(files[2].read_text())
+    assert data == json.loads(out)
+    assert data["target"] == "class 'owl'"
+    assert [len(bars["flows"]) for bars in data["heads"]] == [2, 2]
+    assert not list(tmp_path.glob(".*"))
+    for arguments, says in (
+        ((folder, "missing.png"), "there is no file"),
+        ((folder, batch, "--png", "map.jpg"), "a file ends with .png"),
+        ((folder, batch, "--png", tmp_path / "no" / "map.png"), "there is no folder"),
+        ((folder, files[0]), "no preprocessor_config.json"),
+    ):
+        status, _, err = lamella_cli("explain", *arguments)
+        assert status == 2
+        assert says in err
+
+
+def test_without_matplotlib_pictures_say_what_to_install(images, monkeypatch):
+    folder, batch = images
+    found = lamella.explain(folder, load_file(batch), target="owl")
+    assert "data:image" in found.html()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for draw in (found.png, found.chart):
+        with pytest.raises(BackendError, match=r"pip install 'lamella\[plots\]'"):
+            draw()
+    assert "data:image" not in found.html()
+
+
+def test_bars_of_blocks_add_up_to_those_of_branches(found):
+    added = [block.added for block in found.blocks]
+    branches = [part.amounts.flow for part in found.sublayers]
+    assert added == pytest.approx([sum(branches[:2]), sum(branches[2:])])
+    assert colors_of(found.chart()).ndim == 3
+    text = str(found)
+    assert all(word in text for word in ("block", "branch", "attention", "strongest", "head"))
+
+
+def test_a_page_holds_all_it_shows_and_escapes_its_text(found):
+    evil = ("<script>alert(1)</script>", '"><img src=x>', "&amp;", "\x1b[31m")
+    words = (*evil, *found.words[0][len(evil) :])
+    page = dataclasses.replace(found, words=(words,), target="<b>&").html()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&amp;amp;" in page
+    assert "&lt;b&gt;&amp;" in page
+    assert "\x1b" not in page
+    assert "default-src 'none'" in page
+    assert "http" not in page.replace("http-equiv", "")
 
 
 class Broken(nn.Module):
@@ -172,14 +292,11 @@ def test_the_first_operation_that_computes_nan_is_named():
 
 def test_the_command_prints_tokens_and_writes_a_page(folder, lamella_cli, tmp_path):
     page = tmp_path / "page.html"
-    status, out, err = lamella_cli("explain", folder, TEXT, "--target", "17", "--html", page)
+    status, out, err = lamella_cli(
+        *("explain", folder, TEXT, "--target", "(0,-1,17)", "--ledger", "--html", page)
+    )
     assert (status, err) == (0, "")
-    assert "class 17 at the last token" in out
+    assert "logits[0, -1, 17]" in out
+    assert "the sum closes to" in out
+    assert "small" in out
     assert "small" in page.read_text()
-    _, out, _ = lamella_cli("explain", folder, TEXT, "--target", "(0,-1,17)", "--ledger", "--json")
-    data = json.loads(out)
-    assert abs(data["closure"]) < 1e-4
-    assert [token["token"] for token in data["tokens"]].count("small") == 1
-    status, _, err = lamella_cli("explain", folder, TEXT, "--target", "999")
-    assert status
-    assert "there are 64" in err

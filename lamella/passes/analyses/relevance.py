@@ -212,11 +212,13 @@ def _operations(
 
 def _blocks(graph: Graph, made: RelevanceGraph, means: Totals) -> tuple[BlockRelevance, ...]:
     reached = _reached(made)
+    added = {part.index: part.amounts.flow for part in _sublayers(graph, made, means)}
     return tuple(
         BlockRelevance(
             block.index,
             block.name,
             _amounts(means[f"tap.block.{block.index}"]) if block.exit.name in reached else None,
+            sum(added.get(part.index, 0.0) for part in block.sublayers),
         )
         for block in graph.blocks
         if f"tap.block.{block.index}" in means

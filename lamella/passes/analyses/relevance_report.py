@@ -50,11 +50,13 @@ class BlockRelevance:
         index: Place among the blocks.
         name: As in the stream.
         amounts: Of the exit; None if no relevance of the inputs goes through it.
+        added: What its branches contribute together, with its sign.
     """
 
     index: int
     name: str
     amounts: Amounts | None
+    added: float = 0.0
 
 
 @dataclass(frozen=True)
