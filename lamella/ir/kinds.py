@@ -29,12 +29,14 @@ CHANNEL_MIXERS = frozenset({MLP, MOE, LINEAR})
 
 CONVOLUTIONS = frozenset(
     {"conv1d", "conv2d", "conv3d", "convolution", "_convolution"}
-    | {"conv_transpose1d", "conv_transpose2d"}
+    | {"conv_transpose1d", "conv_transpose2d", "conv_int8"}
 )
 _ATTENTIONS = frozenset({"scaled_dot_product_attention", "cached_attention"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 _EXPERTS = frozenset({"grouped_linear", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
-_LINEAR = frozenset({"linear", "linear_nbits", "linear_int8", "mm", "addmm"})
+_LINEAR = frozenset(
+    {"linear", "linear_nbits", "linear_int8", "linear_int8_static", "mm", "addmm"}
+)
 LAYERS = _LINEAR | CONVOLUTIONS | _EXPERTS
 """Operators that multiply by a weight."""
 

@@ -120,6 +120,8 @@ def _dtypes(node: Node) -> Iterator[str]:
     lam = torch.ops.lamella
     if node.target in (lam.linear_nbits.default, lam.linear_int8.default):
         return
+    if node.target in (lam.linear_int8_static.default, lam.conv_int8.default):
+        return
     values = [source.meta.get("val") for source in node.all_input_nodes]
     dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
     floats = sorted(

@@ -22,6 +22,7 @@ _WEIGHTS = {
     aten.linear.default: "weight",
     lam.linear_nbits.default: "packed",
     lam.linear_int8.default: "weight",
+    lam.linear_int8_static.default: "weight",
 }
 
 
@@ -137,6 +138,8 @@ def _kind(node: Node, bound: Mapping[str, Any]) -> tuple[Kind, int, int]:
         return "nbits", int(bound["bits"]), int(bound["block"])
     if node.target is lam.linear_int8.default:
         return ("int8-rows" if bound["per_row"] else "int8-tensor"), 0, 0
+    if node.target is lam.linear_int8_static.default:
+        return "int8-tensor", 0, 0
     return "linear", 0, 0
 
 

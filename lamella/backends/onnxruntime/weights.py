@@ -15,6 +15,9 @@ from lamella.backends.onnxruntime.types import onnx_type
 from lamella.ir import ops
 
 aten = torch.ops.aten
+lam = torch.ops.lamella
+
+_LINEAR = (aten.linear.default, lam.linear_int8.default, lam.linear_int8_static.default)
 
 
 def place_weight(e: Emission, node: Node) -> None:
@@ -36,7 +39,7 @@ def place_weight(e: Emission, node: Node) -> None:
 def is_matrix_of_linears(node: Node) -> bool:
     """Whether only linear layers read a weight, as their matrix."""
     return node.meta["val"].ndim == 2 and all(
-        user.target in (aten.linear.default, torch.ops.lamella.linear_int8.default)
+        user.target in _LINEAR
         and [name for name, value in ops.bind(user).items() if value is node] == ["weight"]
         for user in node.users
     )

@@ -14,16 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
-from torch.nn import functional
 
 from lamella.backends.artifact import Artifact
 from lamella.backends.base import Backend, Executable
 from lamella.backends.inputs import check_inputs
+from lamella.backends.torch import wide
 from lamella.backends.torch.portable import Portable
 from lamella.errors import ArtifactError
 from lamella.ir import ops
 from lamella.ir.graph import Graph
-from lamella.ir.operators import round_to_int8, rounded_rows, rounded_tensor
 from lamella.ir.packing import dequantize
 from lamella.ir.signature import Signature
 from lamella.ir.storage import set_tensor
@@ -117,11 +116,15 @@ def unpacked(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
             bound = ops.bind(node)
             block = bound["block"] if bound["int8_activations"] else 0
             weight = _dense(module, node, dense)
-            _swap(node, _linear, (bound["input"], weight, bound["bias"], block))
+            _swap(node, wide.linear, (bound["input"], weight, bound["bias"], block))
         elif node.target is lam.linear_int8.default:
             bound = ops.bind(node)
             rest = (bound["scales"], bound["bias"], bound["per_row"])
-            _swap(node, _linear_int8, (bound["input"], _dense(module, node, dense), *rest))
+            _swap(node, wide.linear_int8, (bound["input"], _dense(module, node, dense), *rest))
+        elif node.target in wide.STATIC:
+            bound = ops.bind(node)
+            bound["weight"] = _wide(module, bound["weight"], dense)
+            _swap(node, wide.STATIC[node.target], tuple(bound.values()))
         elif node.target is lam.embedding_nbits.default:
             table = _dense(module, node, dense)
             _swap(node, aten.embedding.default, (table, ops.bind(node)["indices"]))
@@ -140,27 +143,6 @@ def remove_unread_weights(module: fx.GraphModule) -> None:
     for name in [name for name, _ in module.named_buffers() if name not in read]:
         owner, _, leaf = name.rpartition(".")
         delattr(module.get_submodule(owner), leaf)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, block: int) -> Tensor:
-    """A linear layer; a `block` rounds the input as `linear_nbits` with 8-bit activations does.
-
-    The weight may be wider than the input: blocks are whole, features need not be.
-    """
-    rounded = round_to_int8(input, block) if block else input
-    return functional.linear(rounded, weight[:, : input.shape[-1]].to(input.dtype), bias)
-
-
-def _linear_int8(
-    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, per_row: bool
-) -> Tensor:
-    """As `lamella::linear_int8`, with integers in float32: there is no kernel for 8 bits.
-
-    Sums are exact as far as float32 goes, 2**24, which takes a thousand of the largest products.
-    """
-    codes, step = (rounded_rows if per_row else rounded_tensor)(input)
-    result = functional.linear(codes, weight) * (step * scales)
-    return (result if bias is None else result + bias).to(input.dtype)
 
 
 def _dense(module: fx.GraphModule, node: Node, known: dict[tuple[object, ...], Node]) -> Node:
