@@ -14,6 +14,7 @@ from lamella.backends.decoder import Decoder, GrowingDecoder
 from lamella.backends.inputs import InputSpec
 from lamella.errors import GenerationError, UnsupportedError
 from lamella.ir.cache import CacheLayout
+from lamella.ir.plan import PLAN_FILE, Plan
 from lamella.ir.signature import Signature
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Executable(abc.ABC):
         self.inputs = tuple(inputs)
         self.report = report
         self.recipe: Any = None
+        self.plan: Plan | None = None
         self.no_generate = NO_LANGUAGE_MODEL
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,6 +142,8 @@ class Executable(abc.ABC):
     def _write(self, folder: Path) -> Mapping[str, Any]:
         """Write the files; what the manifest says of them, and why this can't generate."""
         details = self.write_files(folder)
+        if self.plan is not None:
+            self.plan.write(folder / PLAN_FILE)
         told = self.no_generate != NO_LANGUAGE_MODEL
         return {**details, "no_generate": self.no_generate} if told else details
 

@@ -31,9 +31,15 @@ _LatencyOption = Annotated[
     typer.Option(help="Time the model after every pass, with this batch x sequence: 1x128."),
 ]
 
+_PlanOption = Annotated[
+    Path | None, typer.Option(help="Bit plan, a file or a saved folder; weights are stored so.")
+]
 _StoreOption = Annotated[
     Path | None, typer.Option(help="Folder for measured times; default: in the user's cache.")
 ]
+
+
+_QUANTIZE = "quantize-weights"
 
 
 @errors_in_one_line()
@@ -53,6 +59,7 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
         list[str] | None,
         typer.Option("--pass", "-p", help='A pass, as "drop-blocks count=2"; repeatable.'),
     ] = None,
+    plan: _PlanOption = None,
     samples: Annotated[
         Path | None,
         typer.Option(help="Text file (a text per line), or folder of .txt, .safetensors or .npz."),
@@ -68,7 +75,7 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
 ) -> None:
     """Compile a model: edit it by passes and save something smaller and faster."""
     _check_targets(folder, checkpoint, format)
-    pipeline = pipeline_of(recipe_file, passes or [])
+    pipeline = pipeline_of(recipe_file, passes or [], plan)
     timed = None if latency is None else api.Snapshots.of(latency)
     texts = None if samples is None else sample_files.read_samples(samples)
     with Stages() as stage:
@@ -141,8 +148,12 @@ def _check_targets(folder: Path | None, checkpoint: Path | None, format: str) ->
             artifact.check_target(place)
 
 
-def pipeline_of(recipe_file: Path | None, passes: list[str]) -> tuple[Any, ...]:
+def pipeline_of(
+    recipe_file: Path | None, passes: list[str], plan: Path | None = None
+) -> tuple[Any, ...]:
     """The passes of a recipe file, then those of the options.
+
+    A plan is followed by the first pass that quantizes weights, or else by one at the end.
 
     Raises:
         RecipeError: There is neither, or something is misspelled.
@@ -150,7 +161,13 @@ def pipeline_of(recipe_file: Path | None, passes: list[str]) -> tuple[Any, ...]:
     pipeline: tuple[Any, ...] = ()
     if recipe_file is not None:
         pipeline += recipe.load_recipe(recipe_file)
-    return pipeline + recipe.parse_passes(passes)
+    pipeline += recipe.parse_passes(passes)
+    if plan is None:
+        return pipeline
+    names = [one.name for one in pipeline]
+    place = names.index(_QUANTIZE) if _QUANTIZE in names else len(names)
+    rest = pipeline[place:] or recipe.parse_passes([_QUANTIZE])
+    return (*pipeline[:place], recipe.parse_pass({"follow-plan": {"file": str(plan)}}), *rest)
 
 
 def _show(report: Any, folder: Path | None, written: list[Any], as_json: bool) -> None:

@@ -22,7 +22,9 @@ from lamella.generation.model import (
 from lamella.ir.cache import CacheLayout, Source
 from lamella.ir.graph import Graph
 from lamella.ir.huggingface import load_tokenizer
+from lamella.ir.plan import PLAN_FILE, Plan
 from lamella.ir.signature import Signature
+from lamella.ir.stored_plan import stored_plan
 from lamella.report import Report
 from lamella.rewrite.incremental import incremental
 from lamella.rewrite.incremental.check import check_steps
@@ -171,6 +173,12 @@ def lower_any(
     Raises:
         IncrementalError: With `strict`, instead.
     """
+    executable = _lower(graph, backend, report, strict)
+    executable.plan = stored_plan(graph)
+    return executable
+
+
+def _lower(graph: Graph, backend: Backend, report: Report | None, strict: bool) -> Executable:
     if not can_generate(graph):
         return backend.lower(graph, report)
     try:
@@ -193,9 +201,10 @@ def load_any(artifact: Artifact, backend: Backend) -> Executable:
     Raises:
         ArtifactError: The manifest is malformed.
     """
-    if is_generative(artifact):
-        return load(artifact, backend)
-    executable = backend.load(artifact)
-    reason = artifact.description.details.get("no_generate", NO_LANGUAGE_MODEL)
-    executable.no_generate = str(reason)
+    executable = load(artifact, backend) if is_generative(artifact) else backend.load(artifact)
+    if PLAN_FILE in artifact.files:
+        executable.plan = Plan.read(artifact.folder)
+    if not is_generative(artifact):
+        reason = artifact.description.details.get("no_generate", NO_LANGUAGE_MODEL)
+        executable.no_generate = str(reason)
     return executable

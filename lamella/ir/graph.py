@@ -20,6 +20,7 @@ from lamella.errors import GraphError
 from lamella.ir import fake_values, ops
 from lamella.ir.cache import CacheLayout
 from lamella.ir.edits import Edit, StopEditing
+from lamella.ir.plan import Plan
 from lamella.ir.quantize import Format
 from lamella.ir.signature import Signature
 from lamella.ir.storage import set_tensor, tensor_at
@@ -51,6 +52,7 @@ class Graph:
         self.source = source
         # What weights are to be stored in is a wish: no value depends on it, so it is no edit.
         self.plan: Mapping[str, Format] = {}
+        self.plan_made: Plan | None = None
         self._edits = 0
         self._compiled = 0
         self._stream: tuple[int, Stream] | None = None
@@ -412,7 +414,7 @@ class Graph:
             set_tensor(root, str(node.target), self._tensor(str(node.target)))
         module = fx.GraphModule(root, twin)
         graph = Graph(module, self.signature, origin=self.origin, source=self.source)
-        graph.plan, graph.cache = self.plan, self.cache
+        graph.plan, graph.plan_made, graph.cache = self.plan, self.plan_made, self.cache
         graph._fake_mode = self._fake_mode
         graph._edits = graph._compiled = self._edits
         return graph
@@ -422,7 +424,7 @@ class Graph:
         twin = saved.copy()
         self._module = twin._module
         self.signature, self.origin, self.source = twin.signature, twin.origin, twin.source
-        self.plan, self.cache = twin.plan, twin.cache
+        self.plan, self.plan_made, self.cache = twin.plan, twin.plan_made, twin.cache
         self._touch("restore")
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,6 +94,10 @@ class Plan:
     def bytes(self) -> int:
         """Of all weights of the plan."""
         return sum(entry.bytes for entry in self.entries.values())
+
+    def told(self, *, budget: str, measured: float | None) -> Plan:
+        """The plan with another word for its budget, and its measured loss."""
+        return replace(self, origin=replace(self.origin, budget=budget, measured=measured))
 
     def to_json(self) -> dict[str, Any]:
         """As data for `json.dumps`; `from_json` reads back an equal plan."""

@@ -37,20 +37,21 @@ def origin_of(solution: Solution, settled: Settled | None, scores: BitScoreRepor
     )
 
 
-def plan_of_solution(solution: Solution, graph: Graph, origin: PlanOrigin) -> Plan:
-    """The plan with the loss and the bytes of every weight."""
+def plan_of_solution(solution: Solution, origin: PlanOrigin, digest: str) -> Plan:
+    """The plan with the loss and the bytes of every weight.
+
+    Args:
+        solution: What was chosen.
+        origin: Where it comes from.
+        digest: The `fingerprint_of` the graph.
+    """
     entries: dict[str, PlanEntry] = {}
     for place, (group, format) in enumerate(zip(solution.groups, solution.formats, strict=True)):
         loss = solution.options[place].loss
         for site in group:
             size = bytes_of((site,), format)
             entries[site.weight] = PlanEntry(format, site.shape, size, place, loss)
-    return Plan(entries, with_fingerprint(origin, graph))
-
-
-def with_fingerprint(origin: PlanOrigin, graph: Graph) -> PlanOrigin:
-    """`origin` with the fingerprint of the weights of `graph`."""
-    return replace(origin, fingerprint=fingerprint_of(graph))
+    return Plan(entries, replace(origin, fingerprint=digest))
 
 
 def fingerprint_of(graph: Graph) -> str:

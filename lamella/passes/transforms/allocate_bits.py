@@ -10,7 +10,12 @@ from lamella.ir.graph import Graph
 from lamella.passes.allocation.anchoring import settled_on
 from lamella.passes.allocation.budget import Budget
 from lamella.passes.allocation.choices import Menu, formats_of
-from lamella.passes.allocation.outcome import origin_of, plan_of_solution, told_of
+from lamella.passes.allocation.outcome import (
+    fingerprint_of,
+    origin_of,
+    plan_of_solution,
+    told_of,
+)
 from lamella.passes.allocation.pricing import check, pricings_of
 from lamella.passes.allocation.problem import Problem
 from lamella.passes.analyses.latency import check_sizes
@@ -122,10 +127,10 @@ class AllocateBits(Transform):
         graph.plan = final.plan
         for text in (*scores.remarks, *told_of(final, settled, graph, scores.unit)):
             analyses.note(text)
+        origin = origin_of(final, settled, scores)
+        graph.plan_made = plan_of_solution(final, origin, fingerprint_of(graph))
         if self.write:
-            plan_of_solution(final, graph, origin_of(final, settled, scores)).write(
-                Path(self.write)
-            )
+            graph.plan_made.write(Path(self.write))
 
     def _budgets(self) -> tuple[Budget, ...]:
         return Budget.parse_all(self.budget, self.unit)
