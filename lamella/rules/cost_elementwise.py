@@ -112,6 +112,9 @@ ELEMENTWISE: Mapping[Target, CostRule] = {
     **dict.fromkeys(_ROOTS, per_output(ROOT)),
     **dict.fromkeys(_TRANSCENDENTALS, per_output(TRANSCENDENTAL)),
     lam.rotary_embedding.default: rotary,
+    # A division, five steps of one operation; a logarithm and an exponential.
+    lam.round_uniform.default: per_output(ROOT + 5 * SIMPLE),
+    lam.round_log.default: per_output(2 * TRANSCENDENTAL + ROOT + 5 * SIMPLE),
     **_of_category("cast", per_output(0)),
 }
 """One pass over the elements."""

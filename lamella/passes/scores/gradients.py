@@ -14,6 +14,7 @@ from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.operators import REFERENCE
 from lamella.ir.ops import aten, lam
+from lamella.ir.rounding_operators import ROUNDING_REFERENCE
 from lamella.ir.segments import Values, program
 from lamella.passes.scores.target import LossTarget
 from lamella.passes.sites import Site
@@ -144,7 +145,8 @@ class GradientRun:
 
 def differentiable(nodes: Iterable[Node]) -> dict[Node, Callable[..., Any]]:
     """Our own operators have no derivative; their references in plain PyTorch have."""
-    return {node: _reference(node.target) for node in nodes if node.target in REFERENCE}
+    known = {*REFERENCE, *ROUNDING_REFERENCE}
+    return {node: _reference(node.target) for node in nodes if node.target in known}
 
 
 def _reference(target: Any) -> Any:
@@ -153,6 +155,8 @@ def _reference(target: Any) -> Any:
         return lambda *args: REFERENCE[target](*args[:7], False)
     if target is lam.linear_int8.default:
         return _dense_linear
+    if target in ROUNDING_REFERENCE:
+        return lambda input, *_: input
     return REFERENCE[target]
 
 

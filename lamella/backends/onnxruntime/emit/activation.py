@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lamella.backends.onnxruntime.emission import Call, Emission, Emitter
 
 aten = torch.ops.aten
+lam = torch.ops.lamella
 
 
 def _unary(op_type: str, **attributes: float) -> Emitter:
@@ -73,6 +75,25 @@ def prelu(e: Emission, call: Call) -> ir.Value:
     return e.op("PRelu", e.tensor(call["self"]), slope)
 
 
+def round_uniform(e: Emission, call: Call) -> ir.Value:
+    """Written out: ONNX has no codes of three, five or six bits."""
+    x, scale, zero = (e.tensor(call[name]) for name in ("input", "scale", "zero"))
+    dtype = call.out.dtype
+    codes = e.op("Add", e.op("Round", e.op("Div", x, scale)), zero)
+    codes = e.op("Clip", codes, e.const(0, dtype), e.const((1 << call["bits"]) - 1, dtype))
+    return e.op("Mul", e.op("Sub", codes, zero), scale)
+
+
+def round_log(e: Emission, call: Call) -> ir.Value:
+    """Powers of the root of two by logarithm and exponential; a zero has an infinite code."""
+    x, scale, dtype = e.tensor(call["input"]), e.tensor(call["scale"]), call.out.dtype
+    codes = e.op("Mul", e.op("Log", e.op("Div", x, scale)), e.const(-2 / math.log(2), dtype))
+    codes = e.op("Clip", e.op("Round", codes), e.const(0, dtype), None)
+    powers = e.op("Exp", e.op("Mul", codes, e.const(-math.log(2) / 2, dtype)))
+    inside = e.op("Less", codes, e.const((1 << call["bits"]) - 1, dtype))
+    return e.op("Where", inside, e.op("Mul", powers, scale), e.const(0, dtype))
+
+
 EMITTERS: Mapping[Callable[..., Any], Emitter] = MappingProxyType(
     {
         aten.tanh.default: _unary("Tanh"),
@@ -88,6 +109,8 @@ EMITTERS: Mapping[Callable[..., Any], Emitter] = MappingProxyType(
         aten.leaky_relu.default: leaky_relu,
         aten.hardtanh.default: hardtanh,
         aten.prelu.default: prelu,
+        lam.round_uniform.default: round_uniform,
+        lam.round_log.default: round_log,
     }
 )
 """Operator -> emitter."""
