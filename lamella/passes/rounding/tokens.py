@@ -69,9 +69,10 @@ class TokenWeights:
             found = self._attended[sample]
         elif self.kind == "gradient" and reader in self._by_reader:
             found = self._by_reader[reader][sample]
-        if found is None or found.shape != value.shape[:-1]:
+        # Some layers read the tokens of all sequences as rows of one matrix.
+        if found is None or found.numel() * value.shape[-1] != value.numel():
             return None
-        return found
+        return found.reshape(value.shape[:-1])
 
 
 def _attended(ahead: Segment, values: Values, weights: Mapping[Node, Tensor]) -> Tensor | None:

