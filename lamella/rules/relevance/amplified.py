@@ -4,9 +4,13 @@ With ``c_ij = x_i w_ij`` and one more product ``a = |x||W|``, the positive and n
 every sum are ``p = (z + a) / 2`` and ``n = (z - a) / 2``. The weights of the adjoint split the
 same way, so that no product of clipped weights is needed.
 
+Where no input can be negative, ``p = x W+`` directly: z+ takes two products. So does gamma where
+only a relu reads the sums: negative ones have no relevance, and the positive ones are those of
+the layer with the weights ``W + g W+``.
+
 References:
-    [Montavon2019] (gamma), [Andeol2021] (its signed form), [Bach2015], equation 60 (alpha-beta);
-    `methods/relevance.md`, sections 2.1 and 2.2 (the identities).
+    [Montavon2019] (gamma), [Andeol2021] (its signed form), [Bach2015], equation 60 (alpha-beta).
+    The identities are ours.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import torch
 from lamella.ir.ops import aten
 from lamella.rules.relevance.broadcast import times
 from lamella.rules.relevance.contraction import Contraction, Opened
-from lamella.rules.relevance.rule import Coefficients, Rule
+from lamella.rules.relevance.rule import Chosen, Coefficients, Place, Rule
+from lamella.rules.relevance.signs import feeds_only_relu, is_nonnegative
 
 
 def gamma(opened: Opened, factor: float) -> Rule:
@@ -80,6 +85,80 @@ def alpha_beta(opened: Opened, alpha: float, beta: float, stabilizer: float = 1e
         return (found, None, of_bias, *(None,) * len(rest))
 
     return rule
+
+
+def gamma_above_zero(opened: Opened, factor: float) -> Rule:
+    """`gamma` where no input is negative and sums below zero have no relevance.
+
+    With ``W' = W + g W+`` and the bias likewise, ``M_x = W'^T (M z / (x W' + b'))``.
+    """
+
+    def rule(
+        coefficient: Any, output: Any, input: Any, weight: Any, bias: Any = None, *rest: Any
+    ) -> Coefficients:
+        layer = opened(*rest)
+        raised = _raised(weight, factor)
+        total = layer.forward(input, raised, None if bias is None else _raised(bias, factor))
+        total = aten.clamp.default(total, _least(output.dtype))
+        kept = coefficient * output / total
+        found = layer.adjoint(kept, raised, input)
+        of_bias = None
+        if bias is not None:
+            more = aten.to.dtype(bias > 0, bias.dtype) * factor + 1.0
+            of_bias = layer.bias_sum(kept) * more
+        return (found, None, of_bias, *(None,) * len(rest))
+
+    return rule
+
+
+def z_plus_of_positive(opened: Opened, stabilizer: float = 1e-6) -> Rule:
+    """z+ where no input is negative: ``M_x = W+^T (R / (x W+ + b+))``."""
+
+    def rule(
+        coefficient: Any, output: Any, input: Any, weight: Any, bias: Any = None, *rest: Any
+    ) -> Coefficients:
+        layer = opened(*rest)
+        positive = aten.clamp.default(weight, 0.0)
+        above = None if bias is None else aten.clamp.default(bias, 0.0)
+        total = layer.forward(input, positive, above) + stabilizer
+        kept = output * coefficient / total
+        found = layer.adjoint(kept, positive, input)
+        of_bias = None
+        if bias is not None:
+            of_bias = layer.bias_sum(kept) * aten.to.dtype(bias > 0, bias.dtype)
+        return (found, None, of_bias, *(None,) * len(rest))
+
+    return rule
+
+
+def gamma_by_signs(opened: Opened, factor: float) -> Chosen:
+    """`gamma`, in the form that takes the fewest products at a place."""
+    general, special = gamma(opened, factor), gamma_above_zero(opened, factor)
+
+    def choose(place: Place) -> Rule:
+        above = is_nonnegative(place.operand("input")) and feeds_only_relu(place.node)
+        return special if above else general
+
+    return Chosen(choose)
+
+
+def alpha_beta_by_signs(
+    opened: Opened, alpha: float, beta: float, stabilizer: float = 1e-6
+) -> Chosen:
+    """`alpha_beta`, in the form that takes the fewest products at a place."""
+    general, special = alpha_beta(opened, alpha, beta, stabilizer), None
+    if not beta:
+        special = z_plus_of_positive(opened, stabilizer)
+
+    def choose(place: Place) -> Rule:
+        return special if special and is_nonnegative(place.operand("input")) else general
+
+    return Chosen(choose)
+
+
+def _raised(weight: Any, factor: float) -> Any:
+    """``W + g W+``."""
+    return aten.add.Tensor(weight, aten.clamp.default(weight, 0.0), alpha=factor)
 
 
 def _absolute(layer: Contraction, input: Any, weight: Any, bias: Any) -> Any:

@@ -25,8 +25,8 @@ def by_slope(slope: Slope) -> Rule:
 
 
 def relu(coefficient: Any, output: Any, self: Any) -> Coefficients:
-    """Degree one: ``M`` where `x` is positive."""
-    return (aten.threshold_backward.default(coefficient, self, 0.0),)
+    """Degree one: ``M`` where the result is positive; the operand need not be kept for it."""
+    return (aten.threshold_backward.default(coefficient, output, 0.0),)
 
 
 def add(coefficient: Any, output: Any, self: Any, other: Any, alpha: Any = 1) -> Coefficients:

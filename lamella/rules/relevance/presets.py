@@ -249,8 +249,8 @@ def gamma(convolution: float = 0.25, linear: float = 0.05) -> Preset:
         ValueError: A factor is negative.
     """
 
-    def amplify(opened: contraction.Opened, factor: float) -> Rule:
-        return amplified.gamma(opened, factor) if factor else contraction.epsilon(opened)
+    def amplify(opened: contraction.Opened, factor: float) -> Entry:
+        return amplified.gamma_by_signs(opened, factor) if factor else contraction.epsilon(opened)
 
     rules: dict[Target, Entry] = {
         target: amplify(opened, linear if target is aten.linear.default else convolution)
@@ -272,7 +272,7 @@ def epsilon_gamma_box(
     """
     dense = contraction.layers(stabilizer)
     rules: dict[Target, Entry] = {
-        target: amplified.gamma(opened, factor)
+        target: amplified.gamma_by_signs(opened, factor)
         for target, opened in contraction.LAYERS.items()
         if target is not aten.linear.default
     }
@@ -295,7 +295,7 @@ def epsilon_alpha_beta(
     """
     dense = contraction.layers(stabilizer)
     rules: dict[Target, Entry] = {
-        target: amplified.alpha_beta(opened, alpha, beta, stabilizer)
+        target: amplified.alpha_beta_by_signs(opened, alpha, beta, stabilizer)
         for target, opened in contraction.LAYERS.items()
         if target is not aten.linear.default
     }

@@ -13,9 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.rules.relevance import amplified, terminal
+from lamella.ir.capture import capture_module
+from lamella.ir.ops import aten
+from lamella.passes.relevance.emit import emit
+from lamella.rewrite.canonicalize import canonicalize
+from lamella.rules.relevance import amplified, presets, terminal
 from lamella.rules.relevance.contraction import convolution, epsilon, linear
 from lamella.rules.relevance.rule import Rule
+from lamella.rules.relevance.signs import feeds_only_relu, is_nonnegative
 
 Table = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From contributions ``[i, j]``, biases, sums and relevance ``[j]`` to relevance ``[i]``."""
@@ -110,6 +115,49 @@ def test_a_convolution_is_its_table(case: str, shape: str):
         flat, sums = x[row].flatten(), y[row].flatten()
         want = table(flat[:, None] * matrix, biases, sums, sums * coefficient[row].flatten())
         torch.testing.assert_close((got[row] * x[row]).flatten(), want, **TOLERANCE)
+
+
+ABOVE = {
+    "gamma": (lambda layer: amplified.gamma_above_zero(layer, 0.25), by_gamma(0.25)),
+    "z-plus": (amplified.z_plus_of_positive, by_alpha_beta(1.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("case", ABOVE)
+def test_where_no_input_is_negative_fewer_products_give_the_same(case: str):
+    make, table = ABOVE[case]
+    x, weight, bias = draw(5, 7, seed=0).abs(), draw(6, 7, seed=1), draw(6, seed=3)
+    y = torch.nn.functional.linear(x, weight, bias)
+    # What a relu reads has relevance only where it is positive.
+    coefficient = draw(5, 6, seed=2) * (y > 0)
+    got, none, of_bias = make(linear)(coefficient, y, x, weight, bias)
+    assert none is None
+    for row in range(5):
+        want = table(x[row][:, None] * weight.T, bias, y[row], y[row] * coefficient[row])
+        torch.testing.assert_close(got[row] * x[row], want, **TOLERANCE)
+    # With the bias nothing is lost; the stabilizer of z-plus is 1e-6 beside sums of about 1.
+    total = (got * x).sum() + (of_bias * bias).sum()
+    torch.testing.assert_close(total, (y * coefficient).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_presets_take_the_fewest_products():
+    """A network with relus: the first layer may see negative pixels, the others don't."""
+    model = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)),
+        *(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3)),
+    )
+    pixels = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    graph = capture_module(model.eval(), {"input": pixels}, dynamic=False)
+    canonicalize(graph)
+    convolutions = graph.find(aten.conv2d.default)
+    assert [is_nonnegative(graph.operand(node, "input")) for node in convolutions] == [0, 1, 1]
+    assert [feeds_only_relu(node) for node in convolutions] == [1, 1, 0]
+    made = emit(graph, presets.PRESETS["gamma"])
+    # Forwards, and one more forward of every layer; the second needs one adjoint, others two.
+    assert len(made.graph.find(aten.conv2d.default)) == 6
+    assert len(made.graph.find(aten.conv_transpose2d.input)) == 5
+    plus = emit(graph, presets.PRESETS["eps-plus"])
+    assert len(plus.graph.find(aten.conv_transpose2d.input)) == 4
 
 
 def test_one_axis_is_as_two():
