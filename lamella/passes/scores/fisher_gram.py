@@ -15,7 +15,8 @@ from lamella.ir.runner import Request
 from lamella.passes.analyses.row_errors import RowErrors, errors_of
 from lamella.passes.base import Analyses
 from lamella.passes.scores.base import BitScore, BitScoreReport, finite
-from lamella.passes.scores.error import rounding_request, rounding_requests
+from lamella.passes.scores.error import rounding_requests
+from lamella.passes.scores.input_rounding import InputRounding
 from lamella.passes.scores.output_gradients import (
     Draws,
     OutputGradients,
@@ -73,20 +74,21 @@ class FisherGram(BitScore):
 
     def run(self, graph: Graph, analyses: Analyses) -> BitScoreReport:
         """Multiply the errors of outputs by what the loss hangs on them."""
-        gradients = analyses.get(OutputGradients(self.sequences, self.draws, self.seed))
+        asked = OutputGradients(self.sequences, self.draws, self.seed)
+        gradients = analyses.get(asked)
         rows = analyses.get(RowErrors(self.formats)).layers
-        noise = analyses.statistics(self.requests(graph)) if self.int8_activations else {}
-        rounded = [f for f in self.formats if f.bits != 32]
+        rounding = None
+        if self.int8_activations:
+            rounding = InputRounding.of(graph, analyses, self.formats, asked)
         losses: dict[str, dict[Format, float]] = {}
         for site in find_sites(graph):
             found = _of_tables(graph, site, self.formats, gradients)
-            for layer in site.linears:
-                for f in rounded:
-                    weighted = _dot(gradients.outputs, layer, rows[layer.name][f])
-                    variance = noise.get(rounding_request(layer, f))
-                    if variance is not None:
-                        weighted += _dot(gradients.inputs, layer, variance)
-                    found[f] += 0.5 * weighted
+            for f in (f for f in self.formats if f.bits != 32):
+                found[f] += sum(
+                    0.5 * _dot(gradients.outputs, layer, rows[layer.name][f])
+                    for layer in site.linears
+                )
+                found[f] += rounding.loss(site, f) if rounding else 0.0
             losses[site.weight] = {f: finite(loss, site.weight) for f, loss in found.items()}
         return BitScoreReport(self.name, losses, loss_target(graph).unit)
 

@@ -13,6 +13,7 @@ from lamella.passes.scores.base import BitScore, Level, Score
 from lamella.passes.scores.error import OutputError, WeightError
 from lamella.passes.scores.fisher import Fisher
 from lamella.passes.scores.fisher_gram import FisherGram
+from lamella.passes.scores.hawq import Hawq, HawqEigenvalue
 from lamella.passes.scores.kl import MeasuredKl
 from lamella.passes.scores.lrp_qvit import LrpQvit
 from lamella.passes.scores.prior import LimBits, RandomBits, SimilarityBits, SizeBits, ZdBits
@@ -43,6 +44,8 @@ BIT_SCORES: Mapping[str, Callable[..., BitScore]] = MappingProxyType(
             RelevanceBits,
             LrpQvit,
             MeasuredKl,
+            Hawq,
+            HawqEigenvalue,
             OutputError,
             WeightError,
             LimBits,
