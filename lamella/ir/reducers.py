@@ -92,6 +92,25 @@ class MaxAbs(Reducer):
 
 
 @dataclass(frozen=True)
+class Extremes(Reducer):
+    """The least and the largest entry of all tokens and channels, ``[2]``."""
+
+    def add(self, state: State | None, *values: Tensor) -> State:
+        """Both so far."""
+        (value,) = values
+        if not value.numel():
+            return state or (value.new_zeros(2),)
+        ends = torch.stack(value.aminmax())
+        if state is None:
+            return (ends,)
+        return (torch.stack([torch.minimum(state[0], ends)[0], torch.maximum(state[0], ends)[1]]),)
+
+    def result(self, state: State) -> Tensor:
+        """``[2]``."""
+        return state[0]
+
+
+@dataclass(frozen=True)
 class Count(Reducer):
     """The number of tokens, an int64 scalar."""
 

@@ -42,7 +42,7 @@ def linear_int8_static(e: Emission, call: Call) -> ir.Value:
 def conv_int8(e: Emission, call: Call) -> ir.Value:
     """A convolution between `DequantizeLinear` and `QuantizeLinear`."""
     codes, step, zero = _codes(e, call["input"], float(call["step"]), int(call["zero"]))
-    out_step, out_zero = e.const(float(call["out_step"])), int(call["out_zero"])
+    out_step, out_zero = float(call["out_step"]), int(call["out_zero"])
     weight = e.op("DequantizeLinear", e.tensor(call["weight"]), e.tensor(call["scales"]), axis=0)
     padding = [int(size) for size in call["padding"]]
     product = e.op(
@@ -55,8 +55,11 @@ def conv_int8(e: Emission, call: Call) -> ir.Value:
         dilations=[int(size) for size in call["dilation"]],
         group=int(call["groups"]),
     )
-    ends = (out_step, e.const(out_zero, torch.uint8))
-    result = e.op("DequantizeLinear", e.op("QuantizeLinear", product, *ends), *ends)
+    ends = (e.const(out_step), e.const(out_zero, torch.uint8))
+    rounded = e.op("QuantizeLinear", product, *ends)
+    # A convolution behind this one has the same range for its input.
+    e.views[call.node, f"codes {out_step} {out_zero}"] = rounded
+    result = e.op("DequantizeLinear", rounded, *ends)
     return e.cast(result, torch.float32, call.out.dtype)
 
 
