@@ -95,7 +95,7 @@ class Pareto(Analysis[ParetoReport]):
         ValueError: An option has another value.
 
     References:
-        [Yao2020], section 3.2, for choosing on the front of size against loss.
+        [Dong2020], section 3.2, for choosing on the front of size against loss.
     """
 
     name: ClassVar[str] = "pareto"
