@@ -82,7 +82,7 @@ class QuantizeActivations(Transform):
     reparameterize: bool = True
     clip: float = 0.0
     weights: bool = True
-    rows: int = 4096
+    rows: int = 1024
 
     def __post_init__(self) -> None:
         widths = (*range(2, 17), _AS_IT_IS)
@@ -170,7 +170,7 @@ class QuantizeActivations(Transform):
         bits |= {norm: max(widths[r.layer] for r in p.readers) for norm, p in norms.items()}
         rows = RowSample(self.rows)
         requests = {Request.of(rows, node): node for node in bits}
-        entries = RowSample(self.rows * 64, flat=True)
+        entries = RowSample(self.rows * 16, flat=True)
         logs = {Request.of(entries, o.probabilities): o.probabilities for o in opened}
         found = _Found()
         samples = analyses.need_samples()
