@@ -223,9 +223,10 @@ def test_rounding_of_inputs_in_fisher_is_the_sum_of_squares_over_entries():
     x = torch.randn(200, 70) * torch.linspace(0.1, 4, 70)
     analyses = Analyses(capture_module(Head(), {"x": x[:2]}), Samples.of([{"x": x}]))
     f = Format(8, block=32)
-    options = {"formats": (f,), "sequences": 200, "draws": 10}
-    with_it = analyses.get(Fisher(**options)).losses["head.weight"][f]
-    without = analyses.get(Fisher(**options, int8_activations=False)).losses["head.weight"][f]
+    with_it, without = (
+        analyses.get(Fisher((f,), int8, sequences=200, draws=10)).losses["head.weight"][f]
+        for int8 in (True, False)
+    )
     with torch.no_grad():
         p = layer(x).double().softmax(1)
         change = (round_to_int8(x, 32) - x).double()

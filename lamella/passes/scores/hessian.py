@@ -36,17 +36,16 @@ class Hessian:
     ) -> None:
         """Run the samples forwards and backwards."""
         self._leaves = {site.weight: _leaf(graph, site) for site in sites}
-        self._gradients: dict[str, Tensor] = {}
         leaves = {site.node: self._leaves[site.weight] for site in sites}
         with sdpa_kernel(SDPBackend.MATH):
             losses = [_loss(graph, target, leaves, sample) for sample in samples]
             total = torch.stack([loss for loss, _ in losses]).sum()
             mean = total / sum(tokens for _, tokens in losses)
             found = torch.autograd.grad(
-                mean, list(self._leaves.values()), create_graph=True, allow_unused=True
+                mean, list(self._leaves.values()), create_graph=True, materialize_grads=True
             )
         named = zip(self._leaves, found, strict=True)
-        self._gradients = {n: g for n, g in named if g is not None and g.requires_grad}
+        self._gradients = {n: g for n, g in named if g.requires_grad}
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

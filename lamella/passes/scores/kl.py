@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,10 +12,9 @@ from torch.nn import functional
 
 from lamella.ir.graph import Graph
 from lamella.ir.operators import round_to_int8
-from lamella.ir.ops import aten
 from lamella.ir.quantize import Format, dequantized
 from lamella.ir.segments import Calls, Program, Segment, Values, program
-from lamella.passes.base import Analyses
+from lamella.passes.base import Analyses, Analysis
 from lamella.passes.scores.base import BitScore, BitScoreReport, finite
 from lamella.passes.scores.target import LossTarget, first_sequences, loss_target
 from lamella.passes.sites import Site, find_sites
@@ -26,9 +25,8 @@ class MeasuredKl(BitScore):
     """The measured loss of every weight in every format, all others left as they are.
 
     Logits are compared by KL divergence, other outputs by ``1 - cos``. Linear layers run with
-    the rounding of the kernel that is deployed (`int8_activations`). Sites are visited in the
-    order of the stream, and only the blocks from the changed one on run again. It costs (sites
-    x formats) / 2 forward runs of the samples.
+    the rounding of the kernel that is deployed (`int8_activations`). Each format is measured once
+    for a graph, whatever others are asked for with it.
 
     Attributes:
         formats: The formats to score.
@@ -44,33 +42,68 @@ class MeasuredKl(BitScore):
     sequences: int = 8
 
     def run(self, graph: Graph, analyses: Analyses) -> BitScoreReport:
+        """Measure format by format."""
+        found = {
+            f: analyses.get(MeasuredFormat(f, self.int8_activations, self.sequences)).losses
+            for f in self.formats
+        }
+        losses = {
+            site.weight: {f: found[f][site.weight] for f in self.formats}
+            for site in find_sites(graph)
+        }
+        return BitScoreReport(self.name, losses, loss_target(graph).unit, measured=True)
+
+
+@dataclass(frozen=True)
+class MeasuredFormatReport:
+    """What `MeasuredFormat` found.
+
+    Attributes:
+        losses: Name of the weight -> loss per token.
+    """
+
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class MeasuredFormat(Analysis[MeasuredFormatReport]):
+    """The measured loss of every weight in one format, all others left as they are.
+
+    Sites are visited in the order of the stream, and only the blocks from the changed one on run
+    again: half a forward run of the samples for each site.
+
+    Attributes:
+        format: The format.
+        int8_activations: Whether the kernel rounds its input to 8 bits.
+        sequences: How many sequences of the samples run.
+    """
+
+    name: ClassVar[str] = "measured-format"
+
+    format: Format = field(default_factory=Format)
+    int8_activations: bool = True
+    sequences: int = 8
+
+    def run(self, graph: Graph, analyses: Analyses) -> MeasuredFormatReport:
         """Measure site by site."""
         samples = first_sequences(analyses.need_samples(), self.sequences)
+        sites = find_sites(graph)
+        losses = {site.weight: 0.0 for site in sites}
+        if self.format.bits == 32:
+            return MeasuredFormatReport(losses)
         target = loss_target(graph)
         kept = [target.node] if target.mask is None else [target.node, target.mask]
         running = program(graph, kept)
         trial = _Trial(running, target, [running.start(sample) for sample in samples])
-        losses: dict[str, dict[Format, float]] = {}
-        sites = find_sites(graph)
         for place, segment in enumerate(running.segments):
             inside = set(segment.nodes)
             for site in (site for site in sites if site.readers[0] in inside):
-                losses[site.weight] = self._measure(graph, trial, site, place)
+                value = dequantized(graph.weight(site.node), self.format)
+                calls = _rounding(site, self.format) if self.int8_activations else {}
+                loss = trial.loss(place, site.node, value, calls)
+                losses[site.weight] = finite(loss, site.weight)
             trial.advance(place)
-        unread = {site.weight: dict.fromkeys(self.formats, 0.0) for site in sites}
-        return BitScoreReport(self.name, unread | losses, target.unit, measured=True)
-
-    def _measure(self, graph: Graph, trial: _Trial, site: Site, place: int) -> dict[Format, float]:
-        weight = graph.weight(site.node)
-        measured: dict[Format, float] = {}
-        for f in self.formats:
-            if f.bits == 32:
-                measured[f] = 0.0
-                continue
-            calls = _rounding(site, f) if self.int8_activations else {}
-            loss = trial.loss(place, site.node, dequantized(weight, f), calls)
-            measured[f] = finite(loss, site.weight)
-        return measured
+        return MeasuredFormatReport(losses)
 
 
 class _Trial:
@@ -121,4 +154,4 @@ def _rounding(site: Site, format: Format) -> Calls:
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
         return functional.linear(round_to_int8(input, format.block), weight, bias)
 
-    return {reader: linear for reader in site.readers if reader.target is aten.linear.default}
+    return dict.fromkeys(site.linears, linear)

@@ -16,7 +16,16 @@ from lamella.passes.scores.fisher_gram import FisherGram
 from lamella.passes.scores.hawq import Hawq, HawqEigenvalue
 from lamella.passes.scores.kl import MeasuredKl
 from lamella.passes.scores.lrp_qvit import LrpQvit
-from lamella.passes.scores.prior import LimBits, RandomBits, SimilarityBits, SizeBits, ZdBits
+from lamella.passes.scores.prior import (
+    EndsBits,
+    EntropyBits,
+    LimBits,
+    OwlBits,
+    RandomBits,
+    SimilarityBits,
+    SizeBits,
+    ZdBits,
+)
 from lamella.passes.scores.relevance import RelevanceScore
 from lamella.passes.scores.relevance_bits import RelevanceBits
 from lamella.passes.scores.structure import (
@@ -50,6 +59,9 @@ BIT_SCORES: Mapping[str, Callable[..., BitScore]] = MappingProxyType(
             WeightError,
             LimBits,
             ZdBits,
+            EntropyBits,
+            OwlBits,
+            EndsBits,
             SimilarityBits,
             SizeBits,
             RandomBits,
