@@ -309,3 +309,29 @@ def test_budgets_that_exclude_each_other() -> None:
     groups = [[Option(1.0, 1, (9,)), Option(1.0, 9, (1,))]]
     with pytest.raises(BudgetError, match="not all of them together"):
         solve(groups, 5, 5)
+
+
+def test_layers_with_spikes_stay_wide() -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3)), torch.nn.Tanh())
+    x = torch.randn(8, 32)
+    graph = lamella.capture(torch.nn.Sequential(torch.nn.Tanh(), layers), (x,))
+    first, *rest = (site.weight for site in find_sites(graph))
+    # Behind the hyperbolic tangent no row is larger than others by much; the next layer has one
+    # row that is, because of a weight that only answers to it.
+    direction = torch.nn.functional.normalize(x[0].tanh(), dim=0)
+    node = next(n for n in graph.weight_nodes() if str(n.target) == first)
+    graph.set_weight(node, torch.outer(torch.ones(32), 1e4 * (direction - _others(x, direction))))
+    samples = Samples.of([{graph.signature.inputs[0]: x}])
+    analyses = Analyses(graph, samples)
+    options: dict[str, Any] = {"budget": 7, "by": "size", "min_size": 0, "measure": False}
+    AllocateBits(spiky_min=8, head_min=2, **options).run(graph, analyses)
+    assert graph.plan[rest[0]].bits == 8
+    assert graph.plan[first].bits < 8
+    assert f"{rest[0]} gets at least 8 bits" in "\n".join(analyses.take_remarks())
+
+
+def _others(x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """What of a direction the rows but the first have in common with it."""
+    basis = torch.linalg.qr(x[1:].tanh().T).Q
+    return basis @ (basis.T @ direction)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 from lamella.ir.graph import Graph
@@ -19,10 +21,13 @@ from lamella.passes.allocation.outcome import (
 from lamella.passes.allocation.pricing import check, pricings_of
 from lamella.passes.allocation.problem import Problem
 from lamella.passes.analyses.latency import check_sizes
+from lamella.passes.analyses.spikes import Spikes
 from lamella.passes.base import Analyses, Effect, Transform
 from lamella.passes.scores import bit_score
 from lamella.passes.sites import Role, find_sites, tie_groups
 from lamella.passes.times import Workload
+
+_NONE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class AllocateBits(Transform):
         embedding_min: An embedding never gets fewer bits.
         head_min: The last linear layer before an output never gets fewer bits.
         router_min: A layer that chooses experts never gets fewer bits.
+        spiky_min: A layer whose input has spikes on some tokens (see `spikes`) never gets fewer
+            bits; 0 doesn't look.
         min_size: Weights with fewer entries stay as they are, outside of the budget in bits.
         seed: Of a score that draws at random.
         measure: Measure the loss of the plan on the samples, where there are any; if it is more
@@ -91,6 +98,7 @@ class AllocateBits(Transform):
     embedding_min: int = 4
     head_min: int = 4
     router_min: int = 8
+    spiky_min: int = 0
     min_size: int = 1 << 14
     seed: int = 0
     measure: bool = True
@@ -115,7 +123,7 @@ class AllocateBits(Transform):
         if not sites:
             analyses.remark("no weight can be given a width: lower min_size")
             return
-        menu = self._menu()
+        menu = self._menu(self._spiky(analyses))
         choices = [(group, menu.allowed(group)) for group in tie_groups(sites)]
         call = Workload.of(graph, self.rows, self.past)
         pricings = pricings_of(self._budgets(), graph, choices, analyses, call)
@@ -135,10 +143,20 @@ class AllocateBits(Transform):
     def _budgets(self) -> tuple[Budget, ...]:
         return Budget.parse_all(self.budget, self.unit)
 
-    def _menu(self) -> Menu:
+    def _spiky(self, analyses: Analyses) -> Mapping[str, int]:
+        """Weights that stay wide because of their inputs, each said in the report."""
+        if not self.spiky_min:
+            return {}
+        reasons = analyses.get(Spikes()).reasons()
+        for name, reason in reasons.items():
+            analyses.note(f"{name} gets at least {self.spiky_min} bits: {reason}")
+        return dict.fromkeys(reasons, self.spiky_min)
+
+    def _menu(self, frozen: Mapping[str, int] = _NONE) -> Menu:
         floors: dict[Role, int] = {
             "embedding": self.embedding_min,
             "head": self.head_min,
             "router": self.router_min,
         }
-        return Menu(formats_of(self.choices, self.block, self.symmetric, self.scales), floors)
+        formats = formats_of(self.choices, self.block, self.symmetric, self.scales)
+        return Menu(formats, floors, frozen)

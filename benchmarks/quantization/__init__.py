@@ -1,0 +1,1 @@
+"""Bit plans at equal bytes: ours beside uniform widths, orders, heuristics and NNCF."""

@@ -1,0 +1,118 @@
+"""``python -m benchmarks.quantization``: the loss of bit plans at equal bytes, on unseen data.
+
+``--case vit minilm lm`` picks models, ``--peer PYTHON`` is an interpreter with ``openvino`` and
+``nncf``. Every plan is rounded to nearest with searched scales and runs with the numerics of the
+kernels; NNCF rounds its own way, with activations in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks.quantization.allocators import ALLOCATORS, OVERHEAD, Spending, cost
+from benchmarks.quantization.judge import Judge
+from benchmarks.quantization.nncf_peer import Nncf
+from benchmarks.record import Result
+from benchmarks.scores.cases import CASES
+
+BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
+OURS = "fisher"
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Allocate, quantize, measure, publish; a table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--peer", metavar="PYTHON", help="interpreter with openvino and nncf")
+    parser.add_argument("--allocators", nargs="*", default=list(ALLOCATORS))
+    parser.add_argument("--budgets", nargs="*", type=float, default=list(BUDGETS))
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("lamella").setLevel(logging.WARNING)
+    for name in options.case:
+        judge = Judge(CASES[name]())
+        found = measured(judge, options.allocators, options.budgets)
+        if options.peer:
+            with tempfile.TemporaryDirectory() as folder:
+                found["NNCF"] = beside(judge, options.peer, Path(folder), options.budgets)
+        publish(judge, found, options.budgets)
+
+
+def measured(
+    judge: Judge, allocators: Sequence[str], budgets: Sequence[float]
+) -> dict[str, list[Tensor | None]]:
+    """For each allocator the losses of each sequence at every budget."""
+    found: dict[str, list[Tensor | None]] = {}
+    for name in allocators:
+        for bits in budgets:
+            spending = Spending.of(judge.case, bits)
+            plan = ALLOCATORS[name](spending)
+            size = cost(spending.groups, plan)
+            fits = size <= spending.room
+            losses = judge.losses(plan) if fits else None
+            found.setdefault(name, []).append(losses)
+            told = judge.mean(losses) if losses is not None else float("nan")
+            logger.info("%s %s %.1f: %d bytes, %.5f", judge.case.name, name, bits, size, told)
+    return found
+
+
+def beside(
+    judge: Judge, python: str, folder: Path, budgets: Sequence[float]
+) -> list[Tensor | None]:
+    """The best of NNCF at every budget, or None where nothing of it is small enough."""
+    peer = Nncf(python, judge, folder)
+    peer.prepare()
+    found: list[Tensor | None] = []
+    for bits in budgets:
+        best = peer.best(Spending.of(judge.case, bits))
+        found.append(None if best is None else best[2])
+        told = "none" if best is None else f"{best[0]}: {best[1]} bytes, {judge.mean(best[2]):.5f}"
+        logger.info("%s NNCF %.1f: %s", judge.case.name, bits, told)
+    return found
+
+
+def publish(judge: Judge, found: dict[str, list[Tensor | None]], budgets: Sequence[float]) -> None:
+    """A row for each allocator; behind a loss, its ratio to ours with an interval."""
+    ours = found.get(OURS, [None] * len(budgets))
+    rows = [
+        (name, *(_cell(judge, one, two) for one, two in zip(losses, ours, strict=True)))
+        for name, losses in found.items()
+    ]
+    Result(
+        name=f"quantization_{judge.case.name}",
+        title=(
+            f"Loss of {judge.case.name} at equal bytes on {len(judge.tokens)} unseen sequences, "
+            f"in brackets its ratio to that of {OURS} (95 % bootstrap interval)"
+        ),
+        columns=("allocator", *(f"{bits:g} bits" for bits in budgets)),
+        rows=rows,
+        notes=(
+            f"Bits per weight without scales, which add {OVERHEAD} in blocks of 32; a plan of "
+            "another block spends the same bytes in all. Every weight takes part, embedding and "
+            "head too.",
+            "Uniform is the widest format of a kernel that fits. NNCF: the best of two modes and "
+            "two criteria, chosen on the figures shown, at the most bytes that fit.",
+        ),
+    ).publish()
+
+
+def _cell(judge: Judge, losses: Tensor | None, ours: Tensor | None) -> str:
+    if losses is None:
+        return "too large"
+    mean = f"{judge.mean(losses):.4g}"
+    if ours is None or losses is ours:
+        return mean
+    low, high = judge.difference(losses, ours)
+    return f"{mean} ({low:.2f}-{high:.2f}x)"
+
+
+if __name__ == "__main__":
+    main()
