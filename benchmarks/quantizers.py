@@ -52,7 +52,6 @@ METHODS: Mapping[str, Rounding] = {
     "gptq, no order": Gptq(act_order=False),
     "quantease x3": QuantEase(sweeps=3),
     "quantease": QuantEase(),
-    "quantease x30": QuantEase(sweeps=30),
     "quantease, 1 % exact": QuantEase(outliers=0.01),
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -64,7 +63,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "gptq, tokens by attention": {"method": "gptq", "tokens": "attention"},
     "gptq, tokens by gradient": {"method": "gptq", "tokens": "gradient"},
     "quantease": {"method": "quantease"},
-    "quantease x30": {"method": "quantease", "sweeps": 30},
     "quantease, 1 % exact": {"method": "quantease", "outliers": 0.01},
     "flexround": {"method": "flexround"},
 }

@@ -53,7 +53,7 @@ class BlockFiles:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             return None, f"{path.name} can't be read ({error})"
-        if said.get("key") != self.key or said.get("digest") != _digest(tensors):
+        if said != self._label(index, tensors):
             return None, f"{path.name} does not hold what was written into it"
         return tensors, None
 
@@ -65,7 +65,7 @@ class BlockFiles:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = {name: value.contiguous() for name, value in tensors.items()}
-        data = save(whole, {"key": self.key, "digest": _digest(whole)})
+        data = save(whole, self._label(index, whole))
         path = self.path(index)
         aside = path.with_suffix(".part")
         with aside.open("wb") as file:
@@ -78,6 +78,9 @@ class BlockFiles:
     def path(self, index: int) -> Path:
         """The file of a block."""
         return self.folder / f"block-{index:04d}-{self.key[:16]}{_SUFFIX}"
+
+    def _label(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        return {"key": self.key, "block": str(index), "digest": _digest(tensors)}
 
     def others(self) -> tuple[str, ...]:
         """Files of other runs."""
