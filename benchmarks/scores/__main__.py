@@ -1,0 +1,54 @@
+"""Scores for compression beside the measured loss of each single change.
+
+``python -m benchmarks.scores [--models vit minilm lm] [--parts bits drops] [--record]``: every
+weight in 2, 4 and 8 bits, every branch and every block that can go, on the trained models. Losses
+and scores are kept on disk: a run that was stopped goes on, and a second one only judges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from benchmarks.record import Result
+from benchmarks.scores import bits, drops
+from benchmarks.scores.cases import CASES, Case
+
+
+def main() -> None:
+    """Measure every single change, then see what each score would have said."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--parts", nargs="*", default=["bits", "drops"], choices=["bits", "drops"])
+    parser.add_argument("--only", nargs="*", default=[], help="labels of scores of weights")
+    parser.add_argument("--record", action="store_true", help="keep the tables as JSON")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    cases = [CASES[name]() for name in options.models]
+    results: list[Result] = []
+    if "bits" in options.parts:
+        results += _bits(cases, options.only)
+    if "drops" in options.parts:
+        for level in ("sublayer", "block"):
+            found = [drops.scored(case, level) for case in cases]
+            results.append(drops.table(level, cases, found))
+    for result in results:
+        result.publish() if options.record else result.show()
+
+
+def _bits(cases: list[Case], only: list[str]) -> list[Result]:
+    of_all, of_equal = zip(*(bits.scored(case, only) for case in cases), strict=True)
+    title = (
+        "Scores of weights against the measured loss of each single rounding: Spearman over all "
+        "(weight, bits) and within a width, and regret"
+    )
+    return [
+        bits.table("scores_bits", title, cases, of_all),
+        bits.table(
+            "scores_bits_equal", f"{title}, at {bits.EQUAL:g} forward runs", cases, of_equal
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()

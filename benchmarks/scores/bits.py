@@ -1,0 +1,244 @@
+"""Scores of weights: everything that is registered, some settings of it, and all at equal work."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import Result
+from benchmarks.scores.cases import SEEDS, Case, outputs
+from benchmarks.scores.judged import BUDGETS, BitsTruth, Table, interval
+from benchmarks.scores.truth import Measured, bit_losses, measured_on_unseen
+from benchmarks.scores.work import Work, work_of
+from benchmarks.zoo.cache import ROOT
+from lamella.errors import LamellaError
+from lamella.ir.quantize import Format
+from lamella.passes.base import Analyses
+from lamella.passes.scores import BitScore, bit_score
+from lamella.passes.scores.registry import BIT_SCORES
+from lamella.passes.scores.relevance_bits import RelevanceBits
+
+logger = logging.getLogger(__name__)
+
+FORMATS = tuple(Format(bits, 64) for bits in (2, 4, 8))
+RANDOM_SEEDS = 10
+ONCE = ("kl", "hawq-eigenvalue")
+"""Scores that cost a hundred forwards: one set of samples is enough of them."""
+
+EQUAL = 3.0
+"""Forward runs of all samples that the scores of the second table may take."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A score from one set of samples.
+
+    Attributes:
+        losses: Weight -> format -> score.
+        forwards: Work in forward runs of the whole set of samples.
+        seconds: Of one core.
+    """
+
+    losses: Table
+    forwards: float
+    seconds: float
+
+
+Builder = Callable[[int], BitScore]
+
+
+def builders(case: Case) -> dict[str, Builder]:
+    """Label -> the score for a seed, on all sequences of a set unless it takes fewer itself."""
+    found: dict[str, Builder] = {name: _registered(name, case) for name in BIT_SCORES}
+    for preset in ("gradient", "relp", "attnlrp", "cp"):
+        found[f"relevance preset={preset} draws=1"] = _relevance(case, preset, "drawn")
+    found["relevance start=logit"] = _relevance(case, "gradient", "logit")
+    return found
+
+
+def _registered(name: str, case: Case) -> Builder:
+    def build(seed: int) -> BitScore:
+        made = bit_score(name, FORMATS, seed=seed)
+        return _smaller(made, "sequences", case.sequences)
+
+    return build
+
+
+def _relevance(case: Case, preset: str, start: str) -> Builder:
+    def build(seed: int) -> BitScore:
+        return RelevanceBits(
+            FORMATS, preset=preset, start=start, sequences=case.sequences, draws=1, seed=seed
+        )
+
+    return build
+
+
+def _smaller(score: BitScore, option: str, most: int) -> BitScore:
+    """`score` with one of its options at most `most`, if it has it."""
+    now = getattr(score, option, None)
+    return score if now is None or now <= most else _with(score, {option: most})
+
+
+def _with(score: BitScore, options: Mapping[str, int]) -> BitScore:
+    made: Any = score
+    return dataclasses.replace(made, **options)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A case with the measured losses of its weights."""
+
+    case: Case
+    measured: Measured
+    truth: BitsTruth
+
+    @classmethod
+    def of(cls, case: Case) -> Judge:
+        """Measure what is not known."""
+        measured = measured_on_unseen(case)
+        losses = bit_losses(measured, FORMATS)
+        return cls(case, measured, BitsTruth(case.graph, losses, measured.tokens))
+
+    def row(self, several: Sequence[Found]) -> tuple[str, str, str, float, float]:
+        """Spearman, that within a width, regret, forwards and seconds of one score."""
+        figures = (
+            interval([measure(one.losses) for one in several])
+            for measure in (self.truth.rank, self.truth.rank_within, self.truth.regret)
+        )
+        first = several[0]
+        rank, within, regret = map(str, figures)
+        return rank, within, regret, first.forwards, first.seconds
+
+
+def found_of(case: Case, score: BitScore, seed: int) -> Found:
+    """What a score says from one set of samples, or what it said before."""
+    path = _path(case, score, seed)
+    if not path.exists():
+        samples = case.seen[seed % SEEDS]
+        _, whole = work_of(lambda: outputs(case.graph, samples.batches))
+        report, work = work_of(lambda: Analyses(case.graph, samples).get(score))
+        _keep(path, report.losses, work, whole)
+    data = json.loads(path.read_text())
+    losses = {
+        name: dict(zip(FORMATS, values, strict=True)) for name, values in data["losses"].items()
+    }
+    return Found(losses, data["forwards"], data["seconds"])
+
+
+def _path(case: Case, score: BitScore, seed: int) -> Path:
+    """Where a score is kept: its options, the module that defines it, and what it is run on."""
+    source = Path(inspect.getfile(type(score))).read_bytes()
+    parts = [repr(score).encode(), source, case.seen[seed % SEEDS].digest.encode()]
+    key = hashlib.sha256(b"|".join(parts))
+    return ROOT.parent / "scores" / f"{case.name}-{score.name}-{key.hexdigest()[:16]}.json"
+
+
+def _keep(path: Path, losses: Table, work: Work, whole: Work) -> None:
+    data = {
+        "losses": {name: [by_format[f] for f in FORMATS] for name, by_format in losses.items()},
+        "forwards": work.flops / whole.flops,
+        "seconds": work.seconds,
+    }
+    aside = path.with_suffix(".aside")
+    aside.write_text(json.dumps(data))
+    aside.replace(path)
+
+
+def rows_of(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...]]:
+    """Label -> figures of every score."""
+    rows: dict[str, tuple[object, ...]] = {}
+    for label, build in builders(judge.case).items():
+        if only and label not in only:
+            continue
+        seeds = 1 if label in ONCE else RANDOM_SEEDS if label == "random" else SEEDS
+        row = _row(judge, label, [build(seed) for seed in range(seeds)])
+        if row is not None:
+            rows[label] = row
+    return rows
+
+
+def equal_rows(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...]]:
+    """Label -> figures of the scores that need more work, cut down to `EQUAL` forwards."""
+    rows: dict[str, tuple[object, ...]] = {}
+    for label, build in builders(judge.case).items():
+        if (only and label not in only) or not build(0).needs_samples:
+            continue
+        seeds = range(1 if label in ONCE else SEEDS)
+        cut = _cut(judge.case, build(0))
+        if cut is not None:
+            several = [_with(build(seed), cut) for seed in seeds]
+            row = _row(judge, label, several)
+            if row is not None:
+                rows[" ".join([label, *(f"{k}={v}" for k, v in cut.items())])] = row
+    return rows
+
+
+def _cut(case: Case, score: BitScore) -> dict[str, int] | None:
+    """The draws and sequences with which a score takes `EQUAL` forwards; None: it can't."""
+    options: dict[str, int] = {}
+    if hasattr(score, "draws"):
+        options["draws"] = 1
+    cost = found_of(case, _with(score, options), 0).forwards
+    # A share of a forward goes into what is made of the gradients.
+    if cost > 1.2 * EQUAL:
+        sequences = int(getattr(score, "sequences", 0) * EQUAL / cost)
+        if sequences < 1:
+            return None
+        options["sequences"] = sequences
+    return options
+
+
+def _row(judge: Judge, label: str, scores: Sequence[BitScore]) -> tuple[object, ...] | None:
+    """The figures of a score; None, and why, where it can't be computed for the model."""
+    try:
+        several = [found_of(judge.case, one, seed) for seed, one in enumerate(scores)]
+    except LamellaError as error:
+        logger.warning("%s: no %s: %s", judge.case.name, label, error)
+        return None
+    row = judge.row(several)
+    logger.info("%s: %s: %s", judge.case.name, label, row)
+    return row
+
+
+def table(
+    name: str, title: str, cases: Sequence[Case], found: Sequence[Mapping[str, tuple[object, ...]]]
+) -> Result:
+    """One row for each score, with the figures of all models side by side."""
+    labels = dict.fromkeys(label for one in found for label in one)
+    missing = ("-",) * 5
+    rows = [
+        (label, *(cell for one in found for cell in one.get(label, missing))) for label in labels
+    ]
+    parts = ("Spearman", "within a width", "regret", "forwards", "s")
+    described = ", ".join(
+        f"{case.name}: {len(case.unseen)} unseen sequences, scores from {case.sequences}"
+        for case in cases
+    )
+    return Result(
+        name,
+        title,
+        ("score", *(f"{case.name}: {part}" for case in cases for part in parts)),
+        rows,
+        (
+            f"{described}. Blocks of 64, inputs rounded to 8 bits. Means over {SEEDS} disjoint "
+            f"sets of samples (random: {RANDOM_SEEDS} seeds; {', '.join(ONCE)}: one) and [95 % "
+            "of sets and of unseen sequences drawn with replacement].",
+            "Regret: measured loss (single changes, added) of the plans that a score chooses at "
+            f"{', '.join(f'{b:g}' for b in BUDGETS)} bits, over that of the best plans, minus 1.",
+            "forwards: products of matrices, in forward runs of all samples of a set; s: seconds "
+            "of one core, of the first set.",
+        ),
+    )
+
+
+def scored(case: Case, only: Sequence[str]) -> tuple[Mapping[str, tuple[object, ...]], ...]:
+    """The rows of both tables."""
+    judge = Judge.of(case)
+    return rows_of(judge, only), equal_rows(judge, only)
