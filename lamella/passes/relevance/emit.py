@@ -4,31 +4,26 @@ The result is an ordinary graph: the inputs of the model (and a seed) in, the ou
 model, the relevance of the inputs and what else was asked for out. It holds no autograd; it runs,
 is compiled and is exported like any other. Nodes of the sweep stand in the order in which the
 coefficients are computed, so that a runner frees each after its last reader.
-
-References:
-    `methods/relevance.md`, section 10.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx import Node
 
 from lamella.errors import GraphError, closest
 from lamella.ir.graph import Graph
-from lamella.ir.in_place import in_place
 from lamella.ir.ops import aten
 from lamella.ir.runner import token_mask
+from lamella.passes.relevance.checkpoint import Checkpoints
 from lamella.passes.relevance.folding import fold_batch_norms
-from lamella.passes.relevance.ledger import Entry, Line, amount, lines_of, widened
+from lamella.passes.relevance.ledger import Line, amount, lines_of, widened
+from lamella.passes.relevance.relevance_graph import DEFAULT_SCALE, SCALE, RelevanceGraph
 from lamella.passes.relevance.request import Request, Tap
-from lamella.passes.relevance.sweep import Sweep, carrying_nodes, places_of
+from lamella.passes.relevance.sweep import Step, Sweep, carrying_nodes, places_of
 from lamella.passes.relevance.traced import Recorder, Recording, Shapes, Traced
 from lamella.passes.relevance.winners import keep_winners
 from lamella.rewrite.incremental.once import flat_signature
@@ -41,47 +36,6 @@ SEED = "seed"
 
 LABEL = "label"
 """Name of the input for the class of each row, ``[batch]``, integers."""
-
-
-@dataclass(frozen=True)
-class RelevanceGraph:
-    """A graph that computes relevance.
-
-    Attributes:
-        graph: Called with the inputs of the model by name, and ``seed`` unless the request has a
-            seed of its own. Gives a dict: the outputs of the model by their names;
-            ``"relevance.<input>"`` for each source; ``"tap.<name>"``; with taps or a ledger
-            ``"start"`` (``<seed, output>`` in float64); and with a ledger the vectors
-            ``"ledger.inputs"`` (the sum of each source) and ``"ledger.leaks"``.
-        sources: What relevance is asked for: name of an input -> name of the node whose value it
-            is the relevance of (the input itself, or the embedding of an integer input).
-        ledger: What the entries of ``"ledger.leaks"`` are.
-        reached: Names of the nodes that have a coefficient.
-        replaced: Nodes of the model that were folded into others -> the node of the same value.
-    """
-
-    graph: Graph = field(repr=False)
-    sources: dict[str, str]
-    ledger: tuple[Entry, ...] = field(default=(), repr=False)
-    reached: tuple[str, ...] = field(default=(), repr=False)
-    replaced: dict[str, str] = field(default_factory=dict[str, str], repr=False)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Run the graph in PyTorch: as calling `graph`, in less time and memory.
-
-        Weights that are replaced in `graph` after the first call are not seen.
-        """
-        graph = self.graph
-        values = graph.signature.flatten(args, kwargs)
-        with torch.no_grad():
-            found = graph.run(values) if self._running is None else self._running(*values)
-        return graph.signature.unflatten(found)
-
-    @functools.cached_property
-    def _running(self) -> fx.GraphModule | None:
-        """The module that runs; None where weights are not in memory."""
-        loaded = all(map(self.graph.is_loaded, self.graph.weight_nodes()))
-        return in_place(self.graph) if loaded else None
 
 
 def emit(
@@ -123,7 +77,11 @@ class _Emission:
         self.recorder = Recorder(self.graph, {} if shapes is None else shapes)
         self.target = self._explained()
         self.mask = token_mask(self.graph, self.target)
+        self.lines: list[Line] = []
+        self.tapped: dict[str, Node] = {}
         self.sweep = self._prepared()
+        self.due = self._taps_by_node()
+        self.scale = self._scale()
 
     def sweep_all(self) -> None:
         """Compute the coefficients of everything that is wanted."""
@@ -133,21 +91,25 @@ class _Emission:
                 f"wanted; relevance starts from floating-point inputs and embeddings of integers"
             )
         self.seed = self._seed()
-        self.sweep.run(self.target, self.seed, [n for n in self.nodes if n.op != "output"])
+        if self.request.ledger or self.request.taps:
+            # Where it stands depends on nothing that comes later: the output can be freed.
+            self.start = amount(self.recorder.value(self.target), self.seed).node
+        start = self._narrowed(self.seed)
+        self.sweep.run(self.target, start, [n for n in self.nodes if n.op != "output"])
 
     def finished(self) -> RelevanceGraph:
         """The graph with its outputs and their names."""
         outputs = dict(zip(self.graph.signature.outputs, self.graph.outputs, strict=True))
+        results: dict[str, Node] = {}
         if self.request.inputs:
             for name, node in self.sources.items():
-                outputs[f"relevance.{name}"] = self._relevance(node).node
-        outputs |= {f"tap.{tap.name}": self._tap(tap).node for tap in self.request.taps}
+                results[f"relevance.{name}"] = self._relevance(node).node
+        results |= {f"tap.{tap.name}": self.tapped[tap.name] for tap in self.request.taps}
         if self.request.ledger or self.request.taps:
-            outputs["start"] = amount(self.recorder.value(self.target), self.seed).node
-        lines: list[Line] = []
+            results["start"] = self.start
         if self.request.ledger:
-            lines = lines_of(self.sweep.steps, self.recorder, self.roles)
-            outputs |= self._ledger(lines)
+            results |= self._ledger()
+        outputs |= results
         inputs = self.graph.signature.inputs
         names = inputs if self.request.seed is not None else (*inputs, SEED)
         names = (*names, LABEL) if self.request.seed is not None and self.request.label else names
@@ -157,9 +119,11 @@ class _Emission:
         return RelevanceGraph(
             self.graph,
             {name: node.name for name, node in self.sources.items()},
-            tuple(line.entry for line in lines),
+            tuple(line.entry for line in self.lines),
             reached,
             self.replaced,
+            frozenset(results),
+            is_scaled=self.scale is not None,
         )
 
     # ---- the beginning ------------------------------------------------------------------
@@ -184,9 +148,9 @@ class _Emission:
         return self.graph.signature.outputs[self.graph.outputs.index(self.target)]
 
     def _seed(self) -> Any:
-        output = self.recorder.value(self.target)
+        output = self._wide(self.recorder.value(self.target))
         if self.request.seed is None:
-            return self._new_input(SEED, self.target.meta["val"])
+            return self._wide(self._new_input(SEED, self.target.meta["val"]))
         if not self.request.label:
             return self._on_tokens(self.request.seed(output))
         value = self.target.meta["val"]
@@ -213,7 +177,54 @@ class _Emission:
         wanted |= {self._node(name) for tap in self.request.taps for name in tap.nodes}
         carrying = carrying_nodes(self.graph, self.roles, wanted, ends)
         places = places_of(self.graph, self.roles)
-        return Sweep(self.recorder, self.preset, self.roles, ends, carrying, places)
+        found = Sweep(self.recorder, self.preset, self.roles, ends, carrying, places)
+        if self.request.checkpoint:
+            found.enter = Checkpoints.of_blocks(self.recorder).enter
+        if self.request.ledger:
+            found.stepped = self._book
+        found.passed = self._write_taps
+        return found
+
+    # ---- numbers of 16 bits -------------------------------------------------------------
+
+    def _scale(self) -> Any:
+        """The factor of coefficients in float16, which lose small numbers; else None."""
+        if self.target.meta["val"].dtype != torch.float16:
+            return None
+        return self.recorder.value(self.graph.add_weight(SCALE, torch.tensor(DEFAULT_SCALE)))
+
+    def _wide(self, value: Any) -> Any:
+        """`value` in float32 where it has 16 bits."""
+        return aten.to.dtype(value, torch.float32) if value.dtype in _NARROW else value
+
+    def _narrowed(self, seed: Any) -> Any:
+        """The seed as the coefficient of the output."""
+        dtype = self.target.meta["val"].dtype
+        scaled = seed if self.scale is None else seed * self.scale
+        return aten.to.dtype(scaled, dtype) if dtype in _NARROW else seed
+
+    def _unscaled(self, value: Any) -> Any:
+        """A coefficient, or what is linear in it, in the units of the seed."""
+        wide = self._wide(value)
+        return wide if self.scale is None else wide / self.scale
+
+    # ---- on the way ---------------------------------------------------------------------
+
+    def _book(self, step: Step) -> None:
+        self.lines += lines_of(step, self.recorder, self.roles)
+
+    def _taps_by_node(self) -> dict[Node, list[Tap]]:
+        """What can be computed when the sweep has passed a node: the first of those it reads."""
+        place = {node: index for index, node in enumerate(self.nodes)}
+        found: dict[Node, list[Tap]] = {}
+        for tap in self.request.taps:
+            first = min(map(self._node, tap.nodes), key=place.__getitem__)
+            found.setdefault(first, []).append(tap)
+        return found
+
+    def _write_taps(self, node: Node) -> None:
+        for tap in self.due.get(node, ()):
+            self.tapped[tap.name] = self._tap(tap).node
 
     # ---- the end ------------------------------------------------------------------------
 
@@ -231,21 +242,29 @@ class _Emission:
         """The relevance of a source, whether its layer gave it a coefficient or relevance."""
         terminal = self.sweep.terminal.get(node)
         if terminal is not None and node not in self.sweep.coefficients:
-            return terminal
-        found = self.recorder.value(node) * self._coefficient(node)
-        return found if terminal is None else found + terminal
+            return self._unscaled(terminal)
+        found = self._wide(self.recorder.value(node)) * self._unscaled(self._coefficient(node))
+        return found if terminal is None else found + self._unscaled(terminal)
 
     def _tap(self, tap: Tap) -> Any:
         nodes = [self._node(name) for name in tap.nodes]
         for node in nodes:
             if not isinstance(node.meta["val"], Tensor):
                 raise GraphError(f"tap {tap.name!r} reads {node.name}, which is not one tensor")
-        pairs = [(self.recorder.value(node), self._coefficient(node)) for node in nodes]
+        pairs = [
+            (self.recorder.value(node), self._unscaled(self._coefficient(node))) for node in nodes
+        ]
         return tap.function(*pairs)
 
-    def _ledger(self, lines: Iterable[Line]) -> dict[str, Node]:
+    def _ledger(self) -> dict[str, Node]:
         sums = [aten.sum.default(widened(self._relevance(n))) for n in self.sources.values()]
+        leaks = aten.stack.default([line.amount for line in self.lines])
         return {
             "ledger.inputs": aten.stack.default(sums).node,
-            "ledger.leaks": aten.stack.default([line.amount for line in lines]).node,
+            "ledger.leaks": (leaks if self.scale is None else leaks / self.scale).node,
         }
+
+
+_NARROW = frozenset({torch.float16, torch.bfloat16})
+
+__all__ = ["LABEL", "SEED", "RelevanceGraph", "emit"]

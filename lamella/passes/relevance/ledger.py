@@ -3,14 +3,11 @@
 ``leak(y) = <y, M_y> - sum <x_k, M_xk>`` over the operands that relevance goes on to. Coefficients
 add where a value is read more than once, so that ``<seed, output> = sum over inputs <x, M_x> +
 sum over nodes leak`` holds exactly, whatever the rules are. All sums are taken in float64.
-
-References:
-    `methods/relevance.md`, section 1.2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -85,21 +82,17 @@ _ADDED = frozenset(
 
 @dataclass(frozen=True)
 class Line:
-    """An entry with its amount, a traced scalar of float64."""
+    """An entry with its amount, a traced scalar of float64 that is written already."""
 
     entry: Entry
     amount: Any
 
 
-def lines_of(steps: Iterable[Step], recorder: Recorder, roles: Mapping[Node, Role]) -> list[Line]:
-    """What every step of a sweep keeps, apart by cause."""
-    found: list[Line] = []
-    for step in steps:
-        found += _lines(step, recorder, roles)
-    return found
+def lines_of(step: Step, recorder: Recorder, roles: Mapping[Node, Role]) -> list[Line]:
+    """What a step of a sweep keeps, apart by cause.
 
-
-def _lines(step: Step, recorder: Recorder, roles: Mapping[Node, Role]) -> list[Line]:
+    The amounts are written at once, while the values are there anyway.
+    """
     left = _held(step, recorder)
     lines: list[Line] = []
     for operand, part in step.given:
@@ -113,7 +106,8 @@ def _lines(step: Step, recorder: Recorder, roles: Mapping[Node, Role]) -> list[L
     if cause is None:
         facts = ops.facts(step.node.target)
         cause = _BY_CATEGORY.get(facts.category if facts else "", "other")
-    return [*lines, Line(_entry(step.node, cause), left)]
+    lines.append(Line(_entry(step.node, cause), left))
+    return [Line(line.entry, recorder.value(line.amount.node)) for line in lines]
 
 
 def _held(step: Step, recorder: Recorder) -> Any:

@@ -41,6 +41,11 @@ class Request:
         inputs: Whether the relevance of the inputs is wanted.
         taps: What else is wanted.
         ledger: Whether to account for what every node keeps of the relevance it gets.
+        checkpoint: ``"blocks"`` keeps the activations of one block of the residual stream at a
+            time; the forward of a block runs again in the sweep. "" keeps all.
+
+    Raises:
+        ValueError: `checkpoint` is something else.
     """
 
     output: str | int = 0
@@ -49,6 +54,11 @@ class Request:
     inputs: bool = True
     taps: tuple[Tap, ...] = ()
     ledger: bool = False
+    checkpoint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint not in ("", "blocks"):
+            raise ValueError(f"checkpoint must be 'blocks' or '', got {self.checkpoint!r}")
 
 
 MASKED = 1e8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,10 @@ class Step:
     passes: frozenset[Node]
 
 
+def _nothing(_: Any) -> None:
+    """What is called where nobody wants to know."""
+
+
 @dataclass
 class Sweep:
     """Coefficients of the nodes of a graph, computed in reverse order.
@@ -48,8 +52,10 @@ class Sweep:
         roles: The role of every node.
         ends: Nodes behind which the sweep does not go: the attributed inputs.
         carrying: Nodes that pass relevance on to something that is wanted.
-        steps: What was done, in the order of the sweep.
         coefficients: Of the nodes that were reached.
+        enter: Called with each node that was reached, before its rule.
+        stepped: Called with what was done at a node.
+        passed: Called with every node, when its coefficient is known.
     """
 
     recorder: Recorder
@@ -58,9 +64,11 @@ class Sweep:
     ends: frozenset[Node]
     carrying: frozenset[Node]
     places: Mapping[Node, Place]
-    steps: list[Step] = field(default_factory=list[Step])
     coefficients: dict[Node, Any] = field(default_factory=dict[Node, Any])
     terminal: dict[Node, Any] = field(default_factory=dict[Node, Any])
+    enter: Callable[[Node], None] = _nothing
+    stepped: Callable[[Step], None] = _nothing
+    passed: Callable[[Node], None] = _nothing
     _pending: dict[Node, Any] = field(default_factory=dict[Node, Any])
 
     def run(self, output: Node, seed: Any, nodes: list[Node]) -> None:
@@ -69,11 +77,12 @@ class Sweep:
         self._pending[output] = seed
         for node in reversed(nodes):
             coefficient = self._pending.pop(node, None)
-            if coefficient is None:
-                continue
-            self.coefficients[node] = coefficient
-            if node not in self.ends:
-                self._step(node, coefficient, rules[node])
+            if coefficient is not None:
+                self.enter(node)
+                self.coefficients[node] = coefficient
+                if node not in self.ends:
+                    self._step(node, coefficient, rules[node])
+            self.passed(node)
         assert not self._pending, self._pending
 
     def _rules(self, nodes: list[Node], output: Node) -> dict[Node, Rule]:
@@ -108,7 +117,7 @@ class Sweep:
         for operand, part in given:
             if operand in passes:
                 self._add(operand, part)
-        self.steps.append(Step(node, filled, given, passes))
+        self.stepped(Step(node, filled, given, passes))
 
     def _add(self, operand: Node, part: Any) -> None:
         if isinstance(part, Terminal):

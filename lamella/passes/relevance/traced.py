@@ -64,18 +64,20 @@ class Recorder:
         graph: The graph that grows.
         shapes: Fake values of operations that are known already; may be shared by the emissions
             for one model, which have most operations in common.
+        standing: Nodes of the model -> the nodes of the same value that the sweep reads instead.
         is_writing: Whether a node is being written, so that operators run on fake values.
     """
 
     graph: Graph
     shapes: Shapes = field(default_factory=dict[Any, Any])
+    standing: dict[Node, Node] = field(default_factory=dict[Node, Node])
     is_writing: bool = False
     _written: dict[Any, Traced] = field(default_factory=dict[Any, "Traced"])
     _sizes: dict[str, Traced] = field(default_factory=dict[str, "Traced"])
 
     def value(self, node: Node) -> Traced:
         """A node as a traced value."""
-        return Traced(self, node=node)
+        return Traced(self, node=self.standing.get(node, node))
 
     def values(self, arguments: Any) -> Any:
         """Arguments with traced values in the place of nodes."""
@@ -95,8 +97,18 @@ class Recorder:
         if isinstance(size, int):
             return size
         if str(size) not in self._sizes:
-            self._sizes[str(size)] = self.value(self.write(aten.sym_size.int, (node, axis), {}))
+            # An input is there all the time; a value would have to be kept for its size.
+            read = self._inputs_by_size().get(str(size), (node, axis))
+            self._sizes[str(size)] = self.value(self.write(aten.sym_size.int, read, {}))
         return self._sizes[str(size)]
+
+    def _inputs_by_size(self) -> dict[str, tuple[Node, int]]:
+        return {
+            str(size_of(size)): (node, axis)
+            for node in self.graph.inputs
+            if isinstance(node.meta["val"], Tensor)
+            for axis, size in enumerate(node.meta["val"].shape)
+        }
 
     def _call(self, target: Target, args: Any, kwargs: Mapping[str, Any]) -> Node:
         case = (target, _described(args), _described(kwargs))
