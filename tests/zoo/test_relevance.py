@@ -11,6 +11,7 @@ from lamella.ir.torch_private import tree_leaves
 from lamella.rules.relevance.presets import PRESETS
 from lamella.rules.relevance.roles import roles_of, sources_of
 from tests.conftest import _canonical, family_of
+from tests.zoo.autograd_nodes import count_nodes
 from tests.zoo.relevance_runs import (
     autograd_relevance,
     double_inputs,
@@ -89,3 +90,22 @@ def test_every_value_between_inputs_and_output_has_a_coefficient(family: str):
     }
     assert between
     assert between <= reached
+
+
+STARTS_AT_ZERO = {"mamba": 3, "mamba2": 12}
+"""Nodes that no gradient passes: what the decay of the first step does to a state of zero."""
+
+
+def test_every_node_of_autograd_has_a_rule_and_passes_relevance(family: str):
+    """Coverage as systems count it that walk the graph of autograd; see `autograd_nodes`."""
+    model, inputs = family_of(family).build(), family_of(family).inputs()
+    count = count_nodes(model, inputs, lambda target: target in PRESETS["gradient"].table)
+    assert count.nodes > 30
+    assert not count.without_rule
+    assert count.not_passed.total() == STARTS_AT_ZERO.get(family, 0)
+
+
+def test_presets_have_rules_for_the_same_operators():
+    """So that what is covered under the gradient is covered under all."""
+    covered = {name: set(dict(preset.table.items())) for name, preset in PRESETS.items()}
+    assert all(found == covered["gradient"] for found in covered.values())
