@@ -50,8 +50,8 @@ METHODS: Mapping[str, Rounding] = {
     "rtn by inputs": Nearest(by_inputs=True),
     "gptq": Gptq(),
     "gptq, no order": Gptq(act_order=False),
-    "quantease x3": QuantEase(sweeps=3),
     "quantease": QuantEase(),
+    "quantease x10": QuantEase(sweeps=10),
     "quantease, 1 % exact": QuantEase(outliers=0.01),
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -92,8 +92,8 @@ def cases(names: Sequence[str]) -> list[Case]:
 def _lm() -> Case:
     folder = language_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    seen = list(calibration(windows(tokenizer, "calibration", 256, 32), batch=4))
-    unseen = list(calibration(windows(tokenizer, "test", 256, 32), batch=4))
+    seen = list(calibration(windows(tokenizer, "calibration", 256, 16), batch=4))
+    unseen = list(calibration(windows(tokenizer, "test", 256, 16), batch=4))
     return Case("lm", lamella.capture(folder, seen[0]), Samples.of(seen), Samples.of(unseen))
 
 
@@ -109,8 +109,8 @@ def _minilm() -> Case:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     graph = lamella.capture(folder)
     made = [
-        Samples.of(sentences(128, skip=skip), tokenizer=tokenizer).select(graph.signature.inputs)
-        for skip in (0, 128)
+        Samples.of(sentences(64, skip=skip), tokenizer=tokenizer).select(graph.signature.inputs)
+        for skip in (0, 64)
     ]
     return Case("minilm", graph, *made)
 
@@ -130,46 +130,44 @@ class Compared(Rounding):
     name: ClassVar[str] = "compared"
     joins_rows: ClassVar[bool] = False
 
-    found: list[tuple[int, dict[str, float], dict[str, float]]] = field(default_factory=list)
+    bits: tuple[int, ...]
+    names: tuple[str, ...]
+    found: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
     def round(self, weight: Tensor, format: Format, inputs: InputGram) -> Rounded:
         """All methods at all widths; the last result."""
         result: Rounded | None = None
-        for bits in BITS:
+        for bits in self.bits:
             errors: dict[str, float] = {}
-            seconds: dict[str, float] = {}
-            for name, method in METHODS.items():
-                alone = InputGram(inputs.matrix, inputs.tokens)
-                started = time.perf_counter()
-                result = method.round(weight, format_of(bits), alone)
-                seconds[name] = time.perf_counter() - started
+            for name in self.names:
+                result = METHODS[name].round(weight, format_of(bits), inputs)
                 errors[name] = float(inputs.error(result.value() - weight).sum())
-            self.found.append((bits, errors, seconds))
+            self.found.append((bits, errors))
         assert result is not None
         return result
 
 
-def layer_errors(case: Case) -> list[list[Any]]:
+def layer_errors(case: Case, bits: Sequence[int], names: Sequence[str]) -> list[list[Any]]:
     """Errors against rounding to nearest, over layers; all of them see the same inputs."""
-    compared = Compared()
+    compared = Compared(tuple(bits), tuple(names))
     formats = dict.fromkeys(case.sites(), format_of(4))
     Chain(case.graph, case.samples, formats, compared, ChainOptions(sequential=False)).run()
     rows: list[list[Any]] = []
-    for bits in BITS:
-        these = [errors for width, errors, _ in compared.found if width == bits]
-        for name in METHODS:
+    for width in bits:
+        these = [errors for found, errors in compared.found if found == width]
+        for name in names:
             against = "gptq" if name.startswith("quantease") else "rtn"
             ratios = [one[name] / one["rtn"] for one in these]
             worse = sum(one[name] > one[against] * (1 + 1e-6) for one in these)
             mean = math.exp(statistics.mean(map(math.log, ratios)))
-            rows.append([case.name, bits, name, mean, max(ratios), f"{worse} of {len(these)}"])
+            rows.append([case.name, width, name, mean, max(ratios), f"{worse} of {len(these)}"])
     return rows
 
 
 # ---- the error of the model --------------------------------------------------------------
 
 
-def model_losses(case: Case, names: Sequence[str]) -> list[list[Any]]:
+def model_losses(case: Case, bits: Sequence[int], names: Sequence[str]) -> list[list[Any]]:
     """The loss on unseen inputs of each method at each width."""
     target = loss_target(case.graph)
     place = case.graph.outputs.index(target.node)
@@ -177,10 +175,10 @@ def model_losses(case: Case, names: Sequence[str]) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for name in names:
         losses = []
-        for bits in BITS:
-            graph, seconds = _quantized(case, bits, OPTIONS[name])
+        for width in bits:
+            graph, seconds = _quantized(case, width, OPTIONS[name])
             losses.append(_loss(case, target, want, graph, place))
-            logger.info("%s %s %d bits: %.5g (%.1f s)", case.name, name, bits, losses[-1], seconds)
+            logger.info("%s %s %d bits: %.5g (%.1f s)", case.name, name, width, losses[-1], seconds)
         rows.append([case.name, name, *losses])
     return rows
 
@@ -235,25 +233,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("layers", "loss", "seconds"), required=True)
     parser.add_argument("--models", nargs="*", default=["lm", "vit", "minilm"])
-    parser.add_argument("--methods", nargs="*", default=list(OPTIONS))
+    parser.add_argument("--methods", nargs="*", help="all by default")
+    parser.add_argument("--bits", type=int, nargs="*", default=list(BITS))
     parser.add_argument("--record", action="store_true", help="write the table of results")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if options.part == "seconds":
         result = _seconds_table()
     elif options.part == "layers":
-        result = _layers_table(options.models)
+        result = _layers_table(options.models, options.bits, options.methods or list(METHODS))
     else:
-        result = _loss_table(options.models, options.methods)
+        result = _loss_table(options.models, options.bits, options.methods or list(OPTIONS))
     result.publish() if options.record else result.show()
 
 
-def _layers_table(models: Sequence[str]) -> Result:
+def _layers_table(models: Sequence[str], bits: Sequence[int], names: Sequence[str]) -> Result:
     return Result(
         name="quantizers-layers",
         title="Error of a layer's outputs on its calibration inputs, relative to rtn",
         columns=("model", "bits", "method", "geometric mean", "largest", "layers that are worse"),
-        rows=[row for case in cases(models) for row in layer_errors(case)],
+        rows=[row for case in cases(models) for row in layer_errors(case, bits, names)],
         notes=(
             f"tr(D G D^T) with G of the model as it was; blocks of {BLOCK}, with zeros at 2 bits.",
             "Worse: than gptq for quantease, than rtn for the others.",
@@ -261,17 +260,17 @@ def _layers_table(models: Sequence[str]) -> Result:
     )
 
 
-def _loss_table(models: Sequence[str], methods: Sequence[str]) -> Result:
+def _loss_table(models: Sequence[str], bits: Sequence[int], names: Sequence[str]) -> Result:
     return Result(
         name="quantizers-loss",
         title="Loss of the whole model on unseen inputs: KL per token or image (lm, vit), 1 - cos "
         "per token (minilm)",
-        columns=("model", "method", *(f"{bits} bits" for bits in BITS)),
-        rows=[row for case in cases(models) for row in model_losses(case, methods)],
+        columns=("model", "method", *(f"{width} bits" for width in bits)),
+        rows=[row for case in cases(models) for row in model_losses(case, bits, names)],
         notes=(
             f"Blocks of {BLOCK} with float16 scales, with zeros at 2 bits; activations are not "
             "rounded. Embeddings (in lm the head too) stay as they are.",
-            "Calibration: 32 rows of 256 tokens (lm), 200 images (vit), 128 sentences (minilm).",
+            "Calibration: 16 rows of 256 tokens (lm), 200 images (vit), 64 sentences (minilm).",
         ),
     )
 

@@ -41,7 +41,7 @@ class QuantEase(Rounding):
     name: ClassVar[str] = "quantease"
 
     start: Gptq = field(default_factory=Gptq)
-    sweeps: int = 8
+    sweeps: int = 3
     outliers: float = 0.0
 
     def round(self, weight: Tensor, format: Format, inputs: InputGram) -> Rounded:

@@ -123,7 +123,7 @@ class QuantizeWeights(Transform):
     method: Method = "rtn"
     damping: float = 0.01
     act_order: bool = True
-    sweeps: int = 8
+    sweeps: int = 3
     outliers: float = 0.0
     salient: float = 0.1
     steps: int = 200
