@@ -36,6 +36,7 @@ from lamella.recipe import parse_analysis, parse_passes, recipe_of
 from lamella.report import Memory, Report
 from lamella.rewrite.canonicalize import canonicalize
 from lamella.tuning.measured import latencies
+from lamella.tuning.probes import warnings_of
 from lamella.tuning.tuner import Tuner, Tuning
 
 R = TypeVar("R")
@@ -245,6 +246,7 @@ class Compilation:
         self.stage(f"lowering to {lowering.name}")
         executable = generation.lower_any(source.graph, lowering, report, strict=self.strict)
         self._add_latencies(executable, source.graph)
+        self._add_probes(executable, source.graph, lowering)
         if executable.report is not None:
             memory = Memory(before, peak_bytes())
             executable.report = dataclasses.replace(executable.report, memory=memory)
@@ -276,6 +278,13 @@ class Compilation:
             found = tuple(latencies(executable, graph, self.tuner))
             told = (*self.tuner.take_notes(), *self.tuner.take_problems())
             executable.report = executable.report.extended(latency=found, remarks=told)
+
+    def _add_probes(self, executable: Executable, graph: Graph, lowering: Backend) -> None:
+        """What speaks against the kernels in use, on this machine."""
+        if executable.report is not None:
+            self.stage("trying kernels")
+            told = warnings_of(graph, lowering, self.store)
+            executable.report = executable.report.extended(remarks=told)
 
 
 def find_backend(backend: str | Backend) -> Backend:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lamella.backends.artifact import Artifact, Description, save_artifact
 from lamella.backends.decoder import Decoder, GrowingDecoder
+from lamella.backends.formats import QuantFormat
 from lamella.backends.inputs import InputSpec
 from lamella.errors import GenerationError, UnsupportedError
 from lamella.ir.cache import CacheLayout
@@ -197,6 +198,10 @@ class Backend(abc.ABC):
         Raises:
             BackendError: A package, a provider or a compiler is missing; says how to get it.
         """
+
+    def formats(self) -> Sequence[QuantFormat]:
+        """The formats of weights that it has kernels for; none where nobody says."""
+        return ()
 
     @final
     def check(self, graph: Graph) -> None:

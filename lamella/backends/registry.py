@@ -14,9 +14,10 @@ from lamella.errors import BackendError, known_names
 HOMES: Mapping[str, tuple[str, str]] = {
     "onnxruntime": ("lamella.backends.onnxruntime.backend", "OnnxRuntimeBackend"),
     "eager": ("lamella.backends.torch.eager", "EagerBackend"),
+    "eager-bfloat16": ("lamella.backends.torch.eager", "bfloat16_backend"),
     "aot": ("lamella.backends.torch.aot", "AotBackend"),
 }
-"""Name -> module and class."""
+"""Name -> module and what makes the backend."""
 
 
 def make_backend(name: str, plugins: Mapping[str, Callable[[], Backend]] | None = None) -> Backend:

@@ -12,6 +12,7 @@ from lamella.cli import (
     bisect,
     compile,
     explain,
+    formats,
     generate,
     inspect,
     pareto,
@@ -36,6 +37,7 @@ app.command("passes")(passes.list_passes)
 app.command("bench")(bench.bench_artifacts)
 app.command("pareto")(pareto.pareto_front)
 app.command("tune")(tune.tune_model)
+app.command("formats")(formats.list_formats)
 app.command("verify")(verify.verify_folders)
 app.command("bisect")(bisect.bisect_recipe)
 

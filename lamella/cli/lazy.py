@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lamella.ir import ops
     from lamella.passes import bisect, instruments, options
     from lamella.passes.analyses import cost
-    from lamella.tuning import machine, survey, tuner
+    from lamella.tuning import machine, probes, survey, tuner
 else:
 
     class _Lazy:
@@ -41,6 +41,7 @@ else:
     ops = _Lazy("lamella.ir.ops")
     machine = _Lazy("lamella.tuning.machine")
     options = _Lazy("lamella.passes.options")
+    probes = _Lazy("lamella.tuning.probes")
     plugins = _Lazy("lamella.plugins")
     recipe = _Lazy("lamella.recipe")
     sample_files = _Lazy("lamella.sample_files")
@@ -63,6 +64,7 @@ __all__ = [
     "ops",
     "options",
     "plugins",
+    "probes",
     "recipe",
     "sample_files",
     "save",

@@ -33,6 +33,9 @@ __all__ = [
     "TreeSpec",
     "detect_fake_mode",
     "enable_python_dispatcher",
+    "int4_linear",
+    "int4_packed",
+    "int8_linear",
     "settled",
     "statically_known_true",
     "symbolic_mode",
@@ -92,3 +95,20 @@ def settled(value: object) -> object:
 def _settled_size(size: int | SymInt) -> int | SymInt:
     known = size.node.maybe_as_int() if isinstance(size, SymInt) else None
     return size if known is None else known
+
+
+def int4_packed(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of 4 bits, int32 ``[out, in]``, in the layout of `int4_linear`."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu.default(codes, 1)
+
+
+def int4_linear(
+    input: torch.Tensor, packed: torch.Tensor, block: int, slopes: torch.Tensor
+) -> torch.Tensor:
+    """bfloat16 ``[rows, in]`` by weights of 4 bits, with scales and offsets of blocks."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu.default(input, packed, block, slopes)
+
+
+def int8_linear(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """bfloat16 ``[rows, in]`` by weights of 8 bits with a scale for each output."""
+    return torch.ops.aten._weight_int8pack_mm.default(input, codes, scales)

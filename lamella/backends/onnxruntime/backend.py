@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lamella.backends.artifact import Artifact
 from lamella.backends.base import Backend
+from lamella.backends.formats import QuantFormat
 from lamella.backends.inputs import specs_from_json, specs_of
 from lamella.backends.onnxruntime.binding import binding_of
 from lamella.backends.onnxruntime.emission import Caches
@@ -29,6 +30,7 @@ from lamella.backends.onnxruntime.files import (
     save_model,
     weight_bytes,
 )
+from lamella.backends.onnxruntime.formats import formats
 from lamella.backends.onnxruntime.session import CPU, require
 from lamella.backends.onnxruntime.writer import outputs_of, unsupported, write_onnx
 from lamella.errors import ArtifactError, BackendError
@@ -69,6 +71,10 @@ class OnnxRuntimeBackend(Backend):
     def unsupported(self, graph: Graph) -> dict[str, int]:
         """Every operator without an ONNX emitter, with how often it occurs."""
         return unsupported(graph)
+
+    def formats(self) -> Sequence[QuantFormat]:
+        """The formats of weights that ONNX Runtime has kernels for."""
+        return tuple(formats(self.contrib))
 
     def lower(self, graph: Graph, report: Report | None = None) -> OnnxExecutable:
         """Write a canonical graph to ONNX and load it.

@@ -27,8 +27,9 @@ from torch.export import Dim
 from lamella.backends.artifact import Artifact
 from lamella.backends.base import Backend, Executable
 from lamella.backends.inputs import check_inputs, example_inputs
-from lamella.backends.torch.eager import not_canonical, unpacked
+from lamella.backends.torch.eager import not_canonical
 from lamella.backends.torch.inductor import compile_package, load_package
+from lamella.backends.torch.lowered import lowered
 from lamella.backends.torch.portable import Portable
 from lamella.errors import BackendError
 from lamella.ir.adjoint_attention import ATTENTION_REFERENCE
@@ -214,7 +215,7 @@ def _compile(portable: Portable, package: Path, *, with_weights: bool = False) -
 
 def _traceable(portable: Portable) -> fx.GraphModule:
     """The module with dense weights, and references in place of operators of Lamella."""
-    module, _ = unpacked(portable.module())
+    module = lowered(portable.module()).module
     references = {**REFERENCE, **CACHED_REFERENCE, **ADJOINT_REFERENCE, **ATTENTION_REFERENCE}
     references |= INTEGER_REFERENCE
     references |= ROUNDING_REFERENCE

@@ -7,28 +7,26 @@ faster than the model it came from, except by what the passes took away.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
-from torch.fx import Node
 
 from lamella.backends.artifact import Artifact
 from lamella.backends.base import Backend, Executable
+from lamella.backends.formats import QuantFormat
 from lamella.backends.inputs import check_inputs
-from lamella.backends.torch import wide
+from lamella.backends.torch.formats import formats
+from lamella.backends.torch.kernels import no_integer_products
+from lamella.backends.torch.lowered import UNPACKED, Kernels, Lowered, lowered
 from lamella.backends.torch.portable import Portable
-from lamella.errors import ArtifactError
 from lamella.ir import ops
 from lamella.ir.graph import Graph
-from lamella.ir.packing import dequantize
 from lamella.ir.signature import Signature
-from lamella.ir.storage import set_tensor
 from lamella.report import Report
 
-aten = torch.ops.aten
 lam = torch.ops.lamella
 
 
@@ -37,11 +35,18 @@ class EagerExecutable(Executable):
 
     backend = "eager"
 
-    def __init__(self, portable: Portable, signature: Signature, report: Report | None) -> None:
+    def __init__(
+        self,
+        portable: Portable,
+        signature: Signature,
+        report: Report | None,
+        kernels: Kernels | None = None,
+    ) -> None:
         """Build the module that runs from the portable graph."""
         super().__init__(signature, report, portable.inputs)
         self._portable = portable
-        self._module, self.unpacked = unpacked(portable.module())
+        self.lowered = lowered(portable.module(), kernels)
+        self._module = self.lowered.module
 
     def run(self, values: Sequence[Any]) -> Sequence[Any]:
         """The flat outputs of flat inputs."""
@@ -62,17 +67,37 @@ class EagerExecutable(Executable):
     def write_files(self, folder: Path) -> Mapping[str, Any]:
         """Write the portable graph."""
         self._portable.write(folder)
-        return {}
+        return {"bfloat16": True} if self.lowered.kernels.bfloat16 else {}
+
+    @property
+    def unpacked(self) -> int:
+        """Weights of few bits that are held in full width."""
+        return self.lowered.unpacked
 
 
+@dataclass(frozen=True)
 class EagerBackend(Backend):
-    """Runs graphs in PyTorch as they are."""
+    """Runs graphs in PyTorch as they are.
+
+    Products of 8-bit integers run in a kernel of integers where that is right and faster on this
+    machine. Other weights of few bits are unpacked once.
+
+    Attributes:
+        bfloat16: Let linear layers multiply in bfloat16, with weights of 4 bits in a kernel of
+            their own. The results are approximations: bfloat16 has 8 bits of precision.
+    """
+
+    bfloat16: bool = False
 
     name: ClassVar[str] = "eager"
 
     def unsupported(self, graph: Graph) -> dict[str, int]:
         """Operators that are not canonical; they would run, but could not be saved."""
         return not_canonical(graph)
+
+    def formats(self) -> Sequence[QuantFormat]:
+        """The formats of weights that PyTorch has kernels for, and those that are unpacked."""
+        return tuple(formats(self.bfloat16))
 
     def lower(self, graph: Graph, report: Report | None = None) -> EagerExecutable:
         """An executable with weights of its own.
@@ -81,9 +106,11 @@ class EagerBackend(Backend):
             UnsupportedError: Some operators are not canonical.
         """
         self.check(graph)
-        executable = EagerExecutable(Portable.of(graph), graph.signature, report)
-        if report is not None and executable.unpacked:
-            executable.report = report.extended(remarks=(_remark(executable.unpacked),))
+        portable, allowed = Portable.of(graph), self._kernels(graph)
+        executable = EagerExecutable(portable, graph.signature, report, allowed)
+        told = tuple(_remarks(executable.lowered))
+        if report is not None and told:
+            executable.report = report.extended(remarks=told)
         return executable
 
     def load(self, artifact: Artifact) -> EagerExecutable:
@@ -95,7 +122,20 @@ class EagerBackend(Backend):
         described = artifact.description
         report = None if described.report is None else Report.from_json(described.report)
         signature = Signature.from_json(described.signature)
-        return EagerExecutable(Portable.read(artifact.folder), signature, report)
+        portable = Portable.read(artifact.folder)
+        bfloat16 = self.bfloat16 or bool(described.details.get("bfloat16"))
+        allowed = Kernels(not no_integer_products(), bfloat16)
+        return EagerExecutable(portable, signature, report, allowed)
+
+    def _kernels(self, graph: Graph) -> Kernels:
+        """What may be used; kernels are tried only where there is something for them."""
+        wanted = graph.find(lam.linear_int8.default, lam.linear_int8_static.default)
+        return Kernels(bool(wanted) and not no_integer_products(), self.bfloat16)
+
+
+def bfloat16_backend() -> EagerBackend:
+    """The eager backend that multiplies in bfloat16."""
+    return EagerBackend(bfloat16=True)
 
 
 def not_canonical(graph: Graph) -> dict[str, int]:
@@ -104,97 +144,15 @@ def not_canonical(graph: Graph) -> dict[str, int]:
     return dict(Counter(ops.op_name(target) for target in calls if target not in ops.CANONICAL))
 
 
-def unpacked(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
-    """Replace packed weights by dense ones; gives the module and how many there were.
-
-    PyTorch has no kernel for the packed layout: unpacking in every call would cost more than
-    the layer itself, so that a weight is unpacked once and held as it is computed with.
-    """
-    dense: dict[tuple[object, ...], Node] = {}
-    for node in list(module.graph.nodes):
-        if node.target is lam.linear_nbits.default:
-            bound = ops.bind(node)
-            block = bound["block"] if bound["int8_activations"] else 0
-            weight = _dense(module, node, dense)
-            _swap(node, wide.linear, (bound["input"], weight, bound["bias"], block))
-        elif node.target is lam.linear_int8.default:
-            bound = ops.bind(node)
-            rest = (bound["scales"], bound["bias"], bound["per_row"])
-            _swap(node, wide.linear_int8, (bound["input"], _dense(module, node, dense), *rest))
-        elif node.target in wide.STATIC:
-            bound = ops.bind(node)
-            bound["weight"] = _wide(module, bound["weight"], dense)
-            _swap(node, wide.STATIC[node.target], tuple(bound.values()))
-        elif node.target is lam.embedding_nbits.default:
-            table = _dense(module, node, dense)
-            _swap(node, aten.embedding.default, (table, ops.bind(node)["indices"]))
-    remove_unread_weights(module)
-    module.recompile()
-    return module, len(dense)
-
-
-def remove_unread_weights(module: fx.GraphModule) -> None:
-    """Remove the readers of weights that nothing uses, and the weights."""
-    for node in list(module.graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            module.graph.erase_node(node)
-    module.delete_all_unused_submodules()
-    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name in [name for name, _ in module.named_buffers() if name not in read]:
-        owner, _, leaf = name.rpartition(".")
-        delattr(module.get_submodule(owner), leaf)
-
-
-def _dense(module: fx.GraphModule, node: Node, known: dict[tuple[object, ...], Node]) -> Node:
-    """The node that reads the dense weight of `node`; layers that share codes share it."""
-    bound = ops.bind(node)
-    if node.target is lam.linear_int8.default:
-        return _wide(module, bound["weight"], known)
-    is_linear = node.target is lam.linear_nbits.default
-    operands = (bound["packed"], bound["scales"], bound["zero_points"])
-    key = (*operands, bound["bits"], bound["block"], is_linear)
-    if key not in known:
-        codes, scales, zeros = (None if o is None else _read(module, o) for o in operands)
-        if codes is None or scales is None:
-            raise ArtifactError(f"node {node.name} has no packed weight")
-        if is_linear:
-            scales = scales.to(torch.promote_types(scales.dtype, torch.float32))
-        width = codes.shape[-2] * bound["block"] if is_linear else bound["features"]
-        value = dequantize(codes, scales, zeros, bound["bits"], bound["block"], width)
-        known[key] = _held(module, f"{operands[0].target}_dense{len(known)}", value)
-    return known[key]
-
-
-def _wide(module: fx.GraphModule, weight: Node, known: dict[tuple[object, ...], Node]) -> Node:
-    """The node that reads a matrix of integers as float32."""
-    key = (weight,)
-    if key not in known:
-        name = f"{weight.target}_dense{len(known)}"
-        known[key] = _held(module, name, _read(module, weight).float())
-    return known[key]
-
-
-def _held(module: fx.GraphModule, name: str, value: Tensor) -> Node:
-    """A node at the beginning that reads a new tensor of the module."""
-    set_tensor(module, name, value)
-    with module.graph.inserting_before(next(iter(module.graph.nodes))):
-        return module.graph.create_node("get_attr", name)
-
-
-def _read(module: fx.GraphModule, node: Node) -> Tensor:
-    found: Any = module
-    for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found
-
-
-def _swap(node: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Let `node` call another function."""
-    node.target, node.args, node.kwargs = target, args, {}
-
-
-def _remark(count: int) -> str:
-    return (
-        f"{count} packed weights were unpacked once: the eager backend holds them in full width "
-        f"in memory, its files hold the codes"
-    )
+def _remarks(state: Lowered) -> Iterator[str]:
+    """What runs by which kernels, and what they approximate."""
+    if state.unpacked:
+        yield (
+            f"{state.unpacked} packed weights were unpacked once: the eager backend holds them in "
+            f"full width in memory, its files hold the codes"
+        )
+    special = {name: count for name, count in state.counts.items() if name != UNPACKED}
+    if special:
+        listed = ", ".join(f"{count} by {name}" for name, count in special.items())
+        rough = " (products in bfloat16 are approximations)" if state.kernels.bfloat16 else ""
+        yield f"linear layers with kernels of their own: {listed}{rough}"

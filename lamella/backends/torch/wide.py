@@ -6,18 +6,14 @@ sums are exact up to 2**24, that is a thousand of the largest products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lamella.ir.integer_operators import TOP, integer_bias, static_codes
 from lamella.ir.operators import round_to_int8, rounded_rows, rounded_tensor
-
-lam = torch.ops.lamella
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, block: int) -> Tensor:
@@ -69,12 +65,3 @@ def conv_int8(  # noqa: PLR0913  (the arguments of the operator)
     ratio = (factors / out_step).reshape(-1, *[1] * (weight.ndim - 2))
     out = ((total * ratio).round() + out_zero).clamp(0, TOP)
     return ((out - out_zero) * out_step).to(input.dtype)
-
-
-STATIC: Mapping[Any, Callable[..., Tensor]] = MappingProxyType(
-    {
-        lam.linear_int8_static.default: linear_int8_static,
-        lam.conv_int8.default: conv_int8,
-    }
-)
-"""Operator -> the same with the codes of its weight as float32."""

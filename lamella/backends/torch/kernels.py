@@ -1,0 +1,167 @@
+"""Kernels of PyTorch for weights of 4 and 8 bits on the processor.
+
+Products of 8-bit integers (oneDNN) are exact, and are used wherever they are right and faster on
+this machine. Those that multiply in bfloat16 are approximations, for who asks for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lamella.ir import torch_private
+from lamella.ir.integer_operators import TOP, static_codes
+from lamella.ir.operators import linear_int8, rounded_rows
+
+INT4_BLOCKS = (32, 64, 128)
+"""Blocks that the kernel of 4 bits takes."""
+
+_INT4_ROWS = 16
+_INT8_COLUMNS = 64
+_MIDDLE = 128
+_PROBE = (1024, 16)
+_ROUNDS = 7
+
+
+def int4_obstacle(outputs: int) -> str:
+    """Why the kernel of 4 bits can't take a weight, or nothing."""
+    return f"{outputs} outputs are no multiple of {_INT4_ROWS}" if outputs % _INT4_ROWS else ""
+
+
+def int8_obstacle(outputs: int, inputs: int) -> str:
+    """Why the kernel of 8-bit weights and bfloat16 can't take a weight, or nothing."""
+    return f"{inputs} inputs are no multiple of {_INT8_COLUMNS}" if inputs % _INT8_COLUMNS else ""
+
+
+# ---- products of integers -------------------------------------------------------------------
+
+
+def packed_integers(codes: Tensor) -> Tensor:
+    """Codes ``[out, in]`` as oneDNN wants them; of a layout of its own."""
+    return torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+
+
+def linear_rows(input: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`lamella::linear_int8` with a scale for each row."""
+    codes, step = rounded_rows(input)
+    result = _product((codes + _MIDDLE).to(torch.uint8), (1.0, _MIDDLE), packed, scales) * step
+    return (result if bias is None else result + bias).to(input.dtype)
+
+
+def linear_tensor(input: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`lamella::linear_int8` with one scale for all rows."""
+    wide = input.float()
+    low, high = functional.pad(wide.flatten(), (0, 1)).aminmax()
+    step = (high - low) / TOP
+    step = torch.where(step == 0, torch.ones_like(step), step)
+    zero = (-low / step).round_().clamp_(0, TOP)
+    codes = (wide / step).round_().add_(zero).clamp_(0, TOP).to(torch.uint8)
+    result = _product(codes, (float(step), int(zero)), packed, scales)
+    return (result if bias is None else result + bias).to(input.dtype)
+
+
+def linear_static(
+    input: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, step: float, zero: int
+) -> Tensor:
+    """`lamella::linear_int8_static`."""
+    codes = (static_codes(input, step, zero) + zero).to(torch.uint8)
+    result = _product(codes, (step, zero), packed, scales)
+    return (result if bias is None else result + bias).to(input.dtype)
+
+
+def _product(codes: Tensor, grid: tuple[float, int], packed: Tensor, scales: Tensor) -> Tensor:
+    """Codes of a grid by packed ones, float32."""
+    flat = codes.flatten(0, -2) if codes.ndim != 2 else codes
+    zeros = torch.zeros(scales.shape, dtype=torch.int32)
+    none = (1.0, 0, torch.float32, "none", [], "")
+    result = torch.ops.onednn.qlinear_pointwise(flat, *grid, packed, scales, zeros, None, *none)
+    return result.reshape(*codes.shape[:-1], scales.shape[0])
+
+
+@functools.cache
+def no_integer_products() -> str:
+    """Why products of integers are not for this machine, or nothing; tried once a process."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return "this PyTorch has no oneDNN"
+    width, rows = _PROBE
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (width, width), generator=generator, dtype=torch.int8)
+    scales, input = torch.rand(width, generator=generator), torch.randn(rows, width)
+    packed, dense = packed_integers(codes), codes.float()
+    got = linear_rows(input, packed, scales, None)
+    want = linear_int8(input, codes, scales, None, True)
+    off = float((got - want).abs().max() / want.abs().max())
+    # Sums of integers are exact; what is left is the order of two products.
+    if not off < 1e-6:
+        return f"the kernel of oneDNN is off by {off:.2g} of the largest result"
+    taken = _medians(
+        lambda: linear_rows(input, packed, scales, None),
+        lambda: functional.linear(input, dense),
+    )
+    if taken[0] >= taken[1]:
+        return f"{taken[0] * 1e3:.2g} ms instead of {taken[1] * 1e3:.2g} ms with floats"
+    return ""
+
+
+def _medians(*calls: Callable[[], object]) -> list[float]:
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(_ROUNDS):
+        for place, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            seconds[place].append(time.perf_counter() - start)
+    return [statistics.median(one[1:]) for one in seconds]
+
+
+# ---- bfloat16 ---------------------------------------------------------------------------------
+
+
+def packed_int4(codes: Tensor) -> Tensor:
+    """Codes in [0, 15], ``[out, in]``, as the kernel of 4 bits wants them."""
+    return torch_private.int4_packed(codes.to(torch.int32).contiguous())
+
+
+def slopes_and_offsets(scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Scales and what is added, bfloat16 ``[blocks, out, 2]``, of ``s (q - 8) + a``."""
+    wide = scales.float()
+    added = torch.zeros_like(wide) if zeros is None else wide * (8.0 - zeros.float())
+    return torch.stack([wide, added], dim=-1).bfloat16().transpose(0, 1).contiguous()
+
+
+def linear_int4(
+    input: Tensor, packed: Tensor, slopes: Tensor, bias: Tensor | None, block: int
+) -> Tensor:
+    """`lamella::linear_nbits` of 4 bits, with inputs, scales and results in bfloat16.
+
+    The inputs are not rounded to 8 bits. Rows are filled up to whole blocks.
+    """
+    flat = input.reshape(-1, input.shape[-1]).bfloat16()
+    flat = functional.pad(flat, (0, 2 * packed.shape[1] - flat.shape[1]))
+    result = torch_private.int4_linear(flat, packed, block, slopes)
+    return _finished(result, input, bias)
+
+
+def linear_int8_weights(
+    input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`lamella::linear_int8`, with inputs, scales and results in bfloat16 and not rounded."""
+    flat = input.reshape(-1, input.shape[-1]).bfloat16()
+    result = torch_private.int8_linear(flat, codes, scales.bfloat16())
+    return _finished(result, input, bias)
+
+
+def linear_bfloat16(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer that multiplies in bfloat16."""
+    flat = input.reshape(-1, input.shape[-1]).bfloat16()
+    return _finished(functional.linear(flat, weight[:, : input.shape[-1]]), input, bias)
+
+
+def _finished(result: Tensor, input: Tensor, bias: Tensor | None) -> Tensor:
+    result = result.reshape(*input.shape[:-1], result.shape[-1]).to(input.dtype)
+    return result if bias is None else result + bias

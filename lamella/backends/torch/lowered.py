@@ -1,0 +1,268 @@
+"""The module that PyTorch runs: operators of few bits in terms of the kernels that there are.
+
+There is no kernel for the packed layout: unpacking in every call would cost more than the layer
+itself. So a weight is unpacked once and held as it is computed with, or packed anew for the
+kernels of `lamella.backends.torch.kernels`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from lamella.backends.torch import kernels, wide
+from lamella.errors import ArtifactError
+from lamella.ir import ops
+from lamella.ir.packing import dequantize, unpack
+from lamella.ir.storage import set_tensor
+
+aten = torch.ops.aten
+lam = torch.ops.lamella
+
+INTEGERS = "products of 8-bit integers (oneDNN)"
+INT4 = "weights of 4 bits and bfloat16 (int4pack)"
+INT8 = "weights of 8 bits and bfloat16 (int8pack)"
+BFLOAT16 = "weights in bfloat16"
+UNPACKED = "unpacked once"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernels may be used.
+
+    Attributes:
+        integers: Those that multiply integers, exactly.
+        bfloat16: Those that multiply in bfloat16, which is an approximation.
+    """
+
+    integers: bool = False
+    bfloat16: bool = False
+
+
+@dataclass
+class Lowered:
+    """A module while its operators of few bits are replaced.
+
+    Attributes:
+        module: Is changed.
+        kernels: What may be used.
+        counts: How many layers run by what.
+        held: Weights that were made, by what they were made of.
+    """
+
+    module: fx.GraphModule
+    kernels: Kernels = Kernels()
+    counts: Counter[str] = field(default_factory=Counter[str])
+    held: dict[tuple[object, ...], Node] = field(default_factory=dict[tuple[object, ...], Node])
+
+    @property
+    def unpacked(self) -> int:
+        """Weights that are held in full width."""
+        return sum(key[-1] == UNPACKED for key in self.held)
+
+
+def lowered(module: fx.GraphModule, allowed: Kernels | None = None) -> Lowered:
+    """Replace the operators of few bits in `module`, and forget the weights they read."""
+    state = Lowered(module, allowed or Kernels())
+    rules: dict[Any, Callable[[Lowered, Node], None]] = {
+        lam.linear_nbits.default: _linear_nbits,
+        lam.linear_int8.default: _linear_int8,
+        lam.linear_int8_static.default: _linear_int8_static,
+        lam.conv_int8.default: _conv_int8,
+        lam.embedding_nbits.default: _embedding_nbits,
+    }
+    if state.kernels.bfloat16:
+        rules[aten.linear.default] = _linear
+    for node in list(module.graph.nodes):
+        if node.target in rules:
+            rules[node.target](state, node)
+    remove_unread_weights(module)
+    module.recompile()
+    return state
+
+
+# ---- operators ------------------------------------------------------------------------------
+
+
+def _linear_nbits(state: Lowered, node: Node) -> None:
+    bound = ops.bind(node)
+    operands = (bound["packed"], bound["scales"], bound["zero_points"])
+    if state.kernels.bfloat16:
+        _linear_nbits_in_bfloat16(state, node, bound)
+        return
+    grid = (bound["bits"], bound["block"])
+    block = bound["block"] if bound["int8_activations"] else 0
+    weight = _dense(state, operands, grid, None)
+    _swap(node, wide.linear, (bound["input"], weight, bound["bias"], block))
+    state.counts[UNPACKED] += 1
+
+
+def _linear_nbits_in_bfloat16(state: Lowered, node: Node, bound: dict[str, Any]) -> None:
+    operands = (bound["packed"], bound["scales"], bound["zero_points"])
+    bits, block = int(bound["bits"]), int(bound["block"])
+    codes, scales, zeros = _read_all(state.module, operands)
+    if bits != 4 or block not in kernels.INT4_BLOCKS or kernels.int4_obstacle(codes.shape[0]):
+        weight = _dense(state, operands, (bits, block), None, torch.bfloat16)
+        _swap(node, kernels.linear_bfloat16, (bound["input"], weight, bound["bias"]))
+        state.counts[BFLOAT16] += 1
+        return
+
+    def packed() -> Tensor:
+        return kernels.packed_int4(unpack(codes, 4, block).flatten(1))
+
+    def slopes() -> Tensor:
+        known = None if zeros is None else unpack(zeros, 4, scales.shape[-1])
+        return kernels.slopes_and_offsets(scales, known)
+
+    name = str(bound["packed"].target)
+    held = (
+        _held(state, (*operands, bits, block, INT4), f"{name}_int4", packed),
+        _held(state, (*operands, bits, block, "slopes"), f"{name}_slopes", slopes),
+    )
+    _swap(node, kernels.linear_int4, (bound["input"], *held, bound["bias"], block))
+    state.counts[INT4] += 1
+
+
+def _linear_int8(state: Lowered, node: Node) -> None:
+    bound = ops.bind(node)
+    input, weight, scales, bias, per_row = bound.values()
+    codes = _read(state.module, weight)
+    if state.kernels.integers:
+        target = kernels.linear_rows if per_row else kernels.linear_tensor
+        _swap(node, target, (input, _integers(state, weight), scales, bias))
+    elif state.kernels.bfloat16 and not kernels.int8_obstacle(*codes.shape):
+        _swap(node, kernels.linear_int8_weights, (input, weight, scales, bias))
+        state.counts[INT8] += 1
+    else:
+        _swap(node, wide.linear_int8, (input, _wide(state, weight), scales, bias, per_row))
+
+
+def _linear_int8_static(state: Lowered, node: Node) -> None:
+    input, weight, *rest = ops.bind(node).values()
+    if state.kernels.integers:
+        _swap(node, kernels.linear_static, (input, _integers(state, weight), *rest))
+    else:
+        _swap(node, wide.linear_int8_static, (input, _wide(state, weight), *rest))
+
+
+def _conv_int8(state: Lowered, node: Node) -> None:
+    input, weight, *rest = ops.bind(node).values()
+    _swap(node, wide.conv_int8, (input, _wide(state, weight), *rest))
+
+
+def _embedding_nbits(state: Lowered, node: Node) -> None:
+    bound = ops.bind(node)
+    operands = (bound["packed"], bound["scales"], bound["zero_points"])
+    table = _dense(state, operands, (bound["bits"], bound["block"]), bound["features"])
+    _swap(node, aten.embedding.default, (table, bound["indices"]))
+    state.counts[UNPACKED] += 1
+
+
+def _linear(state: Lowered, node: Node) -> None:
+    """A linear layer of floats whose weight is constant."""
+    input, weight, bias = (ops.bind(node)[name] for name in ("input", "weight", "bias"))
+    if not isinstance(weight, Node) or weight.op != "get_attr":
+        return
+    if _read(state.module, weight).dtype is not torch.float32:
+        return
+    name = f"{weight.target}_bfloat16"
+    made = _held(state, (weight, BFLOAT16), name, _read(state.module, weight).bfloat16)
+    _swap(node, kernels.linear_bfloat16, (input, made, bias))
+    state.counts[BFLOAT16] += 1
+
+
+# ---- weights --------------------------------------------------------------------------------
+
+
+def remove_unread_weights(module: fx.GraphModule) -> None:
+    """Remove the readers of weights that nothing uses, and the weights."""
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in module.named_buffers() if name not in read]:
+        owner, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(owner), leaf)
+
+
+def _dense(
+    state: Lowered,
+    operands: tuple[Any, Any, Any],
+    grid: tuple[int, int],
+    features: int | None,
+    dtype: torch.dtype | None = None,
+) -> Node:
+    """The node that reads a dense weight; layers that share codes share it.
+
+    Args:
+        state: Holds it.
+        operands: Nodes of codes, scales and zeros.
+        grid: Bits and block.
+        features: Width of a table; None for a linear layer, which multiplies in float32 and may
+            be given whole blocks.
+        dtype: Another than that of the scales.
+    """
+    key = (*operands, *grid, features, dtype, UNPACKED)
+
+    def make() -> Tensor:
+        codes, scales, zeros = _read_all(state.module, operands)
+        if features is None:
+            scales = scales.to(torch.promote_types(scales.dtype, torch.float32))
+        width = codes.shape[-2] * grid[1] if features is None else features
+        value = dequantize(codes, scales, zeros, *grid, width)
+        return value if dtype is None else value.to(dtype)
+
+    return _held(state, key, f"{operands[0].target}_dense{len(state.held)}", make)
+
+
+def _wide(state: Lowered, weight: Node) -> Node:
+    """The node that reads codes of integers as float32."""
+    name = f"{weight.target}_dense{len(state.held)}"
+    state.counts[UNPACKED] += 1
+    return _held(state, (weight, UNPACKED), name, _read(state.module, weight).float)
+
+
+def _integers(state: Lowered, weight: Node) -> Node:
+    """The node that reads codes of integers as oneDNN wants them."""
+    codes = _read(state.module, weight)
+    state.counts[INTEGERS] += 1
+    make = lambda: kernels.packed_integers(codes)  # noqa: E731  (a name would say no more)
+    return _held(state, (weight, INTEGERS), f"{weight.target}_packed", make)
+
+
+def _held(state: Lowered, key: tuple[object, ...], name: str, make: Callable[[], Tensor]) -> Node:
+    """A node at the beginning that reads a new tensor of the module, made once."""
+    if key not in state.held:
+        set_tensor(state.module, name, make())
+        graph = state.module.graph
+        with graph.inserting_before(next(iter(graph.nodes))):
+            state.held[key] = graph.create_node("get_attr", name)
+    return state.held[key]
+
+
+def _read_all(
+    module: fx.GraphModule, operands: tuple[Any, Any, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    codes, scales, zeros = (None if o is None else _read(module, o) for o in operands)
+    if codes is None or scales is None:
+        raise ArtifactError(f"a layer of few bits has no codes or no scales ({operands})")
+    return codes, scales, zeros
+
+
+def _read(module: fx.GraphModule, node: Node) -> Tensor:
+    found: Any = module
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _swap(node: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Let `node` call another function."""
+    node.target, node.args, node.kwargs = target, args, {}

@@ -1,0 +1,325 @@
+"""Kernels are tried before they are trusted: are they right, and faster than floats?
+
+A probe runs one layer in a format: on a small shape beside the emulator (the canonical operator
+itself), and on a shape of 1024 x 1024 beside what one has without it: the same layer with a weight
+that was dequantized before, or for an embedding a table that is dequantized in the call (rows of
+floats are just copied). Products of integers see some rows, others one. What is found is kept with
+the measured times of kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.backends.base import Backend
+from lamella.backends.formats import QuantFormat, Role, of_node
+from lamella.backends.onnxruntime.threads import physical_cores
+from lamella.errors import BackendError
+from lamella.ir.capture import capture_module
+from lamella.ir.graph import Graph
+from lamella.ir.integer_operators import static_range
+from lamella.ir.ops import aten, lam
+from lamella.ir.packing import dequantize, pack
+from lamella.rewrite.canonicalize import canonicalize
+from lamella.tuning.machine import environment
+from lamella.tuning.store import Store, user_store
+
+SMALL, LARGE = 64, 1024
+"""Inputs and outputs of the layer that is checked, and of the one that is timed."""
+
+ROWS = 32
+"""Rows of the layer that is checked."""
+
+_MANY, _ONE = 16, 1
+
+_VERSION = 1
+_ROUNDS = 9
+_LEAST = 1e-12
+"""The store keeps positive numbers."""
+_IMAGE = {SMALL: (16, 8), LARGE: (64, 28)}
+"""Channels and size of the images that stand for a shape."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found of a kernel.
+
+    Attributes:
+        format: In which it ran.
+        off: Largest difference from the emulator, over the largest result; infinite where the
+            kernel refused.
+        seconds: Median time of the layer.
+        dense_seconds: Of the layer without it.
+    """
+
+    format: QuantFormat
+    off: float
+    seconds: float
+    dense_seconds: float
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it computes what the emulator computes."""
+        return self.off <= self.format.tolerance
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether it takes less time than floats; floats themselves are not compared."""
+        return self.format.bits >= 16 or self.seconds < self.dense_seconds
+
+    @property
+    def obstacle(self) -> str:
+        """Why the format is not offered here, or nothing."""
+        if not self.is_right:
+            most = self.format.tolerance
+            return f"its results are off by {self.off:.2g}, where {most:.2g} is right"
+        if not self.is_faster:
+            took, floats = self.seconds * 1e3, self.dense_seconds * 1e3
+            return f"{took:.3g} ms for a layer of {LARGE} x {LARGE}, {floats:.3g} ms with floats"
+        return ""
+
+
+class Prober:
+    """Tries kernels, and remembers what was found on this machine with these versions."""
+
+    def __init__(
+        self, backend: Backend, folder: Path | None = None, *, again: bool = False
+    ) -> None:
+        """Nothing is run before somebody asks.
+
+        Args:
+            backend: Whose kernels.
+            folder: Of the store; None means that of the user.
+            again: Try what the store knows once more.
+        """
+        self._backend, self._again = backend, again
+        threads = getattr(backend, "threads", None) or physical_cores()
+        label = " ".join(str(one) for one in (backend.name, *_options(backend)))
+        self._store = Store(folder or user_store(), f"{environment(label, threads)}; {_VERSION}")
+        self.problems: list[str] = []
+
+    def probes(self, formats: Iterable[QuantFormat] | None = None) -> tuple[Probe, ...]:
+        """What there is to say of some formats; of all that the backend names without."""
+        wanted = list(self._backend.formats() if formats is None else dict.fromkeys(formats))
+        held = {} if self._again else self._store.read().figures
+        known = {name: figure.seconds for name, figure in held.items()}
+        new: dict[str, float] = {}
+        for format in wanted:
+            if _names(format)[0] not in known:
+                new |= dict(zip(_names(format), _run(self._backend, format), strict=True))
+        if new:
+            self._keep(new)
+        found = known | new
+        return tuple(Probe(one, *(found[name] for name in _names(one))) for one in wanted)
+
+    def _keep(self, figures: Mapping[str, float]) -> None:
+        try:
+            self._store.write(figures)
+        except OSError as error:
+            self.problems.append(f"probes of kernels can't be kept ({error})")
+
+
+def used(graph: Graph, backend: Backend) -> tuple[QuantFormat, ...]:
+    """The formats of few bits that the layers of a graph are in, as far as a backend knows them."""
+    formats = backend.formats()
+    found = (of_node(node, formats) for node in graph.nodes if node.op == "call_function")
+    return tuple(dict.fromkeys(one for one in found if one is not None))
+
+
+def warnings_of(graph: Graph, backend: Backend, folder: Path | None = None) -> tuple[str, ...]:
+    """What speaks against the kernels that a graph will use, each a sentence.
+
+    Kernels that nobody tried here before are tried now.
+    """
+    wanted = used(graph, backend)
+    if not wanted:
+        return ()
+    prober = Prober(backend, folder)
+    found = prober.probes(wanted)
+    bad = [f"{one.format} ({one.format.kernel}): {one.obstacle}" for one in found if one.obstacle]
+    told = f"kernels that failed their probe on this machine: {'; '.join(bad)}"
+    return (*([told] if bad else ()), *prober.problems)
+
+
+def _options(backend: Backend) -> Sequence[object]:
+    names = ("provider", "contrib", "opset", "bfloat16")
+    return [f"{name}={getattr(backend, name)}" for name in names if hasattr(backend, name)]
+
+
+def _names(format: QuantFormat) -> tuple[str, str, str]:
+    stem = f"probe {format}"
+    return f"{stem} off", f"{stem} seconds", f"{stem} floats"
+
+
+def _run(backend: Backend, format: QuantFormat) -> tuple[float, float, float]:
+    """Difference from the emulator, and the seconds with and without the format."""
+    try:
+        off = _difference(backend, format)
+        calls = [_call(backend, format, format), _rival(backend, format)]
+    except BackendError:
+        return float("1e30"), 1e30, 1e30
+    seconds: list[list[float]] = [[], []]
+    for _ in range(_ROUNDS):
+        for place, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            seconds[place].append(time.perf_counter() - start)
+    taken = [statistics.median(one[2:]) for one in seconds]
+    return max(off, _LEAST), taken[0], taken[1]
+
+
+def _difference(backend: Backend, format: QuantFormat) -> float:
+    graph = layer(format, SMALL)
+    value = _input(format.role, SMALL, ROWS)
+    want = _only(graph(value))
+    got = _only(backend.lower(graph)(value))
+    if not torch.isfinite(got).all():
+        return float("1e30")
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def _call(backend: Backend, format: QuantFormat, timed: QuantFormat) -> Callable[[], object]:
+    """A layer in `format`, on as many rows as tell something about the one that is timed."""
+    rows = _MANY if timed.activations.startswith("int8-") and not timed.block else _ONE
+    executable = backend.lower(layer(format, LARGE))
+    return executable.repeated([_input(format.role, LARGE, rows)])
+
+
+def _rival(backend: Backend, format: QuantFormat) -> Callable[[], object]:
+    """What one has without a format."""
+    if format.role != "embedding" or format.bits == 32:
+        plain: Any = backend
+        if getattr(backend, "bfloat16", False):
+            plain = replace(plain, bfloat16=False)
+        return _call(plain, _floats(format), format)
+    graph = layer(format, LARGE)
+    (node,) = graph.find(lam.embedding_nbits.default)
+    packed, scales = (graph.weight(graph.operand(node, name)) for name in ("packed", "scales"))
+    zeros = graph.operand(node, "zero_points")
+    stored = (packed, scales, None if zeros is None else graph.weight(zeros))
+    ids = _input("embedding", LARGE, _ONE)
+    return lambda: dequantize(*stored, format.bits, format.block, LARGE)[ids]
+
+
+def _floats(format: QuantFormat) -> QuantFormat:
+    """The same layer with a weight of floats."""
+    operators = {
+        "linear": aten.linear.default,
+        "embedding": aten.embedding.default,
+        "convolution": aten.conv2d.default,
+    }
+    return QuantFormat("fp32", format.role, operators[format.role], 32, "floats")
+
+
+def _only(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else next(iter(value))
+
+
+# ---- layers ---------------------------------------------------------------------------------
+
+
+def layer(format: QuantFormat, size: int) -> Graph:
+    """A graph of one layer in a format, with made-up codes.
+
+    Args:
+        format: The format.
+        size: Inputs and outputs, or rows and columns of a table; what images stand for it.
+    """
+    graph = _empty(format.role, size).copy()
+    (x,) = graph.inputs
+    args = _arguments(graph, format, size)
+    if format.role == "embedding":
+        node = _looked_up(graph, format, args, size)
+    else:
+        node = graph.call(format.operator, x, *args, before=graph.output)
+    graph.set_outputs([node], graph.signature)
+    graph.finish()
+    return graph
+
+
+def _arguments(graph: Graph, format: QuantFormat, size: int) -> list[Any]:
+    """What an operator takes behind its input."""
+    generator = torch.Generator().manual_seed(size)
+
+    def integers(*shape: int, top: int) -> Tensor:
+        return torch.randint(0, top, shape, generator=generator)
+
+    def add(name: str, value: Tensor) -> Any:
+        return graph.add_weight(name, value)
+
+    if format.role == "convolution":
+        return _convolution(graph, format, size)
+    if format.bits >= 16:
+        dense = torch.randn(size, size, generator=generator) / size**0.5
+        return (
+            [add("weight", dense)] if format.role == "embedding" else [add("weight", dense), None]
+        )
+    scales = torch.rand(size, generator=generator) * 0.01 + 0.001
+    if not format.block:
+        codes = (integers(size, size, top=255) - 127).to(torch.int8)
+        rest = {"int8-row": [True], "int8-tensor": [False]}.get(format.activations)
+        last = rest if rest is not None else list(static_range(-4.0, 4.0))
+        return [add("codes", codes), add("scales", scales), None, *last]
+    blocks, top = -(-size // format.block), 1 << format.bits
+    grid = scales[:, None].expand(size, blocks).contiguous().to(format.scales or torch.float16)
+    zeros = None
+    if not format.symmetric:
+        zeros = add("zeros", pack(integers(size, blocks, top=top), format.bits))
+    packed = pack(integers(size, blocks, format.block, top=top), format.bits)
+    found = [add("packed", packed), add("scales", grid), zeros]
+    if format.role == "embedding":
+        return found
+    return [*found, None, format.bits, format.block, format.activations != "same"]
+
+
+def _convolution(graph: Graph, format: QuantFormat, size: int) -> list[Any]:
+    channels, _ = _IMAGE[size]
+    generator = torch.Generator().manual_seed(size)
+    codes = torch.randint(-127, 128, (channels, channels, 3, 3), generator=generator)
+    steps = [[1, 1], [1, 1], [1, 1], 1]
+    if format.bits == 32:
+        return [graph.add_weight("weight", codes / 2000), None, *steps]
+    scales = graph.add_weight("scales", torch.full((channels,), 1 / 2000))
+    stored = graph.add_weight("codes", codes.to(torch.int8))
+    return [stored, scales, None, *steps, *static_range(-4.0, 4.0), *static_range(-8.0, 8.0)]
+
+
+def _looked_up(graph: Graph, format: QuantFormat, args: list[Any], size: int) -> Any:
+    (ids,) = graph.inputs
+    if format.bits == 32:
+        return graph.call(aten.embedding.default, *args, ids, before=graph.output)
+    rest = (ids, format.bits, format.block, size)
+    rows = graph.call(lam.embedding_nbits.default, *args, *rest, before=graph.output)
+    return graph.call(aten.to.dtype, rows, torch.float32, before=graph.output)
+
+
+class _Same(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+@functools.lru_cache(maxsize=8)
+def _empty(role: Role, size: int) -> Graph:
+    """A graph with the input of a layer, nothing done with it yet."""
+    graph = capture_module(_Same(), (_input(role, size, 3),))
+    canonicalize(graph)
+    return graph
+
+
+def _input(role: Role, size: int, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    if role == "embedding":
+        return torch.randint(0, size, (rows,), generator=generator)
+    if role == "convolution":
+        channels, width = _IMAGE[size]
+        return torch.randn(min(rows, 3), channels, width, width, generator=generator)
+    return torch.randn(rows, size, generator=generator)
