@@ -1,8 +1,8 @@
 """Scores for compression beside the measured loss of each single change.
 
-``python -m benchmarks.scores [--models vit minilm lm] [--parts bits drops] [--record]``: every
-weight in 2, 4 and 8 bits, every branch and every block that can go, on the trained models. Losses
-and scores are kept on disk: a run that was stopped goes on, and a second one only judges.
+``python -m benchmarks.scores [--models vit minilm lm] [--parts bits plans drops] [--record]``:
+every weight in 2, 4 and 8 bits, every branch and every block that can go, on the trained models.
+Losses and scores are kept on disk: a run that was stopped goes on, and a second one only judges.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import argparse
 import logging
 
 from benchmarks.record import Result
-from benchmarks.scores import bits, drops
+from benchmarks.scores import bits, drops, plans
 from benchmarks.scores.cases import CASES, Case
+
+PARTS = ("bits", "plans", "drops")
 
 
 def main() -> None:
     """Measure every single change, then see what each score would have said."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--parts", nargs="*", default=["bits", "drops"], choices=["bits", "drops"])
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--only", nargs="*", default=[], help="labels of scores of weights")
     parser.add_argument("--record", action="store_true", help="keep the tables as JSON")
     options = parser.parse_args()
@@ -32,6 +34,8 @@ def main() -> None:
         for level in ("sublayer", "block"):
             found = [drops.scored(case, level) for case in cases]
             results.append(drops.table(level, cases, found))
+    if "plans" in options.parts:
+        results.append(plans.table(cases))
     for result in results:
         result.publish() if options.record else result.show()
 
