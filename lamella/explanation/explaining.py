@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +26,12 @@ from lamella.explanation.targets import (
 from lamella.ir.graph import Graph
 from lamella.ir.huggingface import is_pretrained
 from lamella.ir.sources import Model, Source
-from lamella.passes.analyses.relevance import report_of
+from lamella.passes.analyses.relevance_results import report_of
 from lamella.passes.relevance import taps
-from lamella.passes.relevance.emit import SEED, RelevanceGraph, emit
+from lamella.passes.relevance.emit import SEED, emit
+from lamella.passes.relevance.relevance_graph import RelevanceGraph
 from lamella.passes.relevance.request import Request, Tap
 from lamella.rules.relevance.presets import Preset, preset_of
-
-_SCALES = (2.0**12, 2.0**6, 1.0, 2.0**-6)
-"""Factors on the seed of a model in float16, tried until nothing overflows."""
 
 
 def explain(
@@ -43,6 +41,7 @@ def explain(
     target: Target,
     preset: str | Preset = "cp",
     ledger: bool = False,
+    checkpoint: str = "",
 ) -> Explanation:
     """The relevance of the inputs, blocks and heads of a model for one of its outputs.
 
@@ -58,18 +57,23 @@ def explain(
         preset: Name of the rules: ``"cp"``, ``"attnlrp"``, ``"gradient"``, ``"gamma"``, …; or a
             preset of your own.
         ledger: Also account for what biases, softmax and others kept.
+        checkpoint: ``"blocks"`` keeps the activations of one block at a time and runs the forward
+            of each once more: less memory for more time.
 
     Raises:
+        ValueError: The preset or the checkpoint is unknown.
         SamplesError: The target is not in the output, an input is missing or has another shape.
         MissingRuleError: Some operators have no rule; all are listed.
         GraphError: The model computes NaN or infinities; the first such operation is named.
     """
+    wanted = Request(ledger=ledger, checkpoint=checkpoint)
+    rules = preset_of(preset)
     source = _source(model, inputs)
     given = _given(source, inputs)
     start = _placed(start_of(target, source.graph, source.tokenizer), source.graph, given)
-    made = emit(source.graph, preset_of(preset), _request(source.graph, start, ledger=ledger))
+    made = emit(source.graph, rules, _request(source.graph, start, wanted))
     found = _run(made, source.graph, start, given)
-    return _told(source, made, found, (preset_of(preset).name, start.text), given)
+    return _told(source, made, found, (rules.name, start.text), given)
 
 
 def explainer(model: Model, *, target: Target | None = None, preset: str | Preset = "cp") -> Graph:
@@ -154,38 +158,20 @@ def _placed(start: Start, graph: Graph, given: Mapping[str, Any]) -> Start:
     return Start(start.text, tensor=tensor.to(output.dtype))
 
 
-def _request(graph: Graph, start: Start, *, ledger: bool) -> Request:
+def _request(graph: Graph, start: Start, request: Request) -> Request:
     wanted = [*taps.block_taps(graph), *taps.sublayer_taps(graph), *taps.head_taps(graph)]
     # A model without any of these has an output all the same.
     wanted.append(Tap("output", (graph.outputs[0].name,), taps.amounts_of))
-    return Request(seed=start.seed, taps=tuple(wanted), ledger=ledger)
+    return dataclasses.replace(request, seed=start.seed, taps=tuple(wanted))
 
 
 def _run(
     made: RelevanceGraph, graph: Graph, start: Start, given: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """What the relevance graph gives, for a seed that doesn't overflow."""
-    with torch.no_grad():
-        if start.tensor is None:
-            found: dict[str, Tensor] = made.graph(**given)
-        else:
-            found = _scaled(made, set(graph.signature.outputs), start.tensor, given)
+    """What the relevance graph gives."""
+    seed = {} if start.tensor is None else {SEED: start.tensor}
+    found: dict[str, Tensor] = made(**given, **seed)
     check_finite(found, graph, given)
-    return found
-
-
-def _scaled(
-    made: RelevanceGraph, outputs: Set[str], seed: Tensor, given: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """What the relevance graph gives; a seed in float16 is scaled on the way."""
-    found: dict[str, Tensor] = {}
-    for scale in _SCALES if seed.dtype == torch.float16 else (1.0,):
-        found = {
-            name: value if name in outputs else value / scale
-            for name, value in made.graph(**given, **{SEED: seed * scale}).items()
-        }
-        if all(bool(value.isfinite().all()) for value in found.values()):
-            break
     return found
 
 

@@ -79,6 +79,16 @@ def test_a_class_a_label_an_index_and_a_tensor_say_the_same(graph, ids):
         torch.testing.assert_close(other.tokens, found[0].tokens, rtol=0, atol=0)
 
 
+def test_activations_of_one_block_at_a_time_give_the_same(graph, ids):
+    kept, again = (
+        lamella.explain(graph, {"input_ids": ids}, target=17, checkpoint=mode)
+        for mode in ("", "blocks")
+    )
+    assert torch.equal(kept.tokens, again.tokens)
+    with pytest.raises(ValueError, match="checkpoint must be 'blocks'"):
+        lamella.explain(graph, {"input_ids": ids}, target=17, checkpoint="block")
+
+
 def test_a_padded_row_is_explained_as_it_is_alone(graph, ids):
     padded = torch.cat([ids, torch.tensor([[4, 8, 2, 0, 0]])])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])

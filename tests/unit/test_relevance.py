@@ -290,6 +290,18 @@ def test_a_model_without_losses_conserves_through_every_block(
         assert flow == pytest.approx(whole.amounts.flow, rel=1e-6)
 
 
+def test_activations_of_one_block_at_a_time_give_the_same(
+    captured: Captured, sample_inputs: SampleInputs
+):
+    graph, batch = captured("llama"), [sample_inputs("llama")]
+    kept, again = (report(graph, batch, checkpoint=mode) for mode in ("", "blocks"))
+    # The same operations on the same numbers.
+    assert again.start == kept.start
+    assert again.inputs == kept.inputs
+    assert again.sublayers == kept.sublayers
+    assert again.heads == kept.heads
+
+
 def test_labels_take_the_place_of_the_largest(captured: Captured, sample_inputs: SampleInputs):
     graph, batch = captured("vit"), sample_inputs("vit", 3)
     logits = graph(**batch).logits
@@ -318,6 +330,7 @@ def test_options_are_checked():
         ({"preset": "attn-lrp"}, "unknown preset 'attn-lrp'; did you mean 'attnlrp'"),
         ({"seed": "max"}, "unknown seed 'max'"),
         ({"taps": ("nodes",)}, "unknown taps nodes; known are operations"),
+        ({"checkpoint": "layers"}, "checkpoint must be 'blocks'"),
     ):
         with pytest.raises(ValueError, match=message):
             Relevance(**options)

@@ -279,7 +279,7 @@ def test_the_share_of_a_layer_is_that_of_its_definition():
 
 def test_shares_of_layers_add_up_to_one(captured: Captured, sample_inputs: SampleInputs):
     graph = captured("vit")
-    shares = layer_shares(graph, _rows([sample_inputs("vit", 3)]))
+    shares = layer_shares(graph, Samples.of([sample_inputs("vit", 3)]))
     assert sum(shares.values()) == pytest.approx(1.0, rel=1e-9)  # float64 division
     by_name: dict[str, Node] = {node.name: node for node in graph.nodes}
     targets = {by_name[name].target for name in shares}

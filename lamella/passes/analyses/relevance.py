@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from lamella.errors import SamplesError
+from lamella.errors import GraphError, SamplesError
 from lamella.ir.graph import Graph
-from lamella.ir.ops import op_name
-from lamella.passes.analyses.relevance_report import (
-    Amounts,
-    BlockRelevance,
-    HeadsRelevance,
-    OperationRelevance,
-    RelevanceReport,
-    SublayerRelevance,
-)
+from lamella.passes.analyses.relevance_report import RelevanceReport
+from lamella.passes.analyses.relevance_results import Totals, report_of
 from lamella.passes.base import Analyses, Analysis
-from lamella.passes.relevance import taps
-from lamella.passes.relevance.emit import LABEL, RelevanceGraph, emit
+from lamella.passes.relevance import part_taps, taps
+from lamella.passes.relevance.emit import LABEL, emit
 from lamella.passes.relevance.request import Request, Tap
 from lamella.passes.relevance.seeds import parse_seed
 from lamella.rules.relevance.presets import Preset, preset_of
 
-_TAPS = {
+_TAPS: Mapping[str, Callable[[Graph], list[Tap]]] = {
     "operations": taps.operation_taps,
     "blocks": taps.block_taps,
     "sublayers": taps.sublayer_taps,
     "heads": taps.head_taps,
+    "experts": part_taps.expert_taps,
+    "channels": part_taps.channel_taps,
+    "weights": part_taps.weight_taps,
+    # What inputs get is computed in any case.
+    "tokens": lambda graph: [],
+    "pixels": lambda graph: [],
 }
-
-Totals = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,18 @@ class Relevance(Analysis[RelevanceReport]):
         position: The only position of the output that counts; None means all.
         labels: The class of every row of the samples, which takes the place of the largest.
         output: Name of the output that is explained; "" means the first.
-        taps: What is told: ``"operations"``, ``"blocks"``, ``"sublayers"``, ``"heads"``.
+        taps: What is told: ``"operations"``, ``"blocks"``, ``"sublayers"``, ``"heads"``,
+            ``"experts"``, ``"channels"`` (of hidden layers), ``"weights"`` (by row), ``"tokens"``
+            (of every row of the samples), ``"pixels"`` (the mean over the rows).
         ledger: Whether to account for what is lost, by cause.
+        checkpoint: ``"blocks"`` keeps the activations of one block at a time and runs the forward
+            of each once more: less memory for more time.
 
     Raises:
-        ValueError: The preset, the seed or a tap is unknown.
+        ValueError: The preset, the seed, a tap or the checkpoint is unknown.
 
     References:
-        `methods/relevance.md`, sections 6 and 7.1.
+        [Bach2015]; the rules of the presets have their own.
     """
 
     name: ClassVar[str] = "relevance"
@@ -70,10 +73,12 @@ class Relevance(Analysis[RelevanceReport]):
     output: str = ""
     taps: tuple[str, ...] = ("operations", "blocks", "sublayers", "heads")
     ledger: bool = False
+    checkpoint: str = ""
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
         parse_seed(self.seed)
+        Request(checkpoint=self.checkpoint)
         unknown = [name for name in self.taps if name not in _TAPS]
         if unknown:
             raise ValueError(f"unknown taps {', '.join(unknown)}; known are {', '.join(_TAPS)}")
@@ -84,23 +89,24 @@ class Relevance(Analysis[RelevanceReport]):
         Raises:
             SamplesError: There are no samples, or not as many labels as rows.
             MissingRuleError: Some operators have no rule.
-            GraphError: The output doesn't depend on an input that relevance can be asked for.
+            GraphError: The output doesn't depend on an input that relevance can be asked for, or
+                no input holds the tokens or pixels that are asked for.
         """
         samples = analyses.need_samples()
+        kept = _Kept(graph, self.taps)
         made = emit(graph, preset_of(self.preset), self._request(graph))
-        totals: Totals = {}
         rows = 0
         for sample in samples:
             given, count = self._with_labels(sample, graph, rows)
-            found: dict[str, Tensor] = made.graph(**given)
+            kept.add(made(**given))
             rows += count
-            _add_up(totals, found)
         if self.labels and rows != len(self.labels):
             raise SamplesError(f"there are {len(self.labels)} labels for {rows} rows of samples")
         if not rows:
             raise SamplesError("there are no samples; give at least one input dict")
-        means = {name: total / rows for name, total in totals.items()}
-        return report_of(graph, made, means, self._named(rows))
+        means = {name: total / rows for name, total in kept.totals.items()}
+        found = report_of(graph, made, means, self._named(rows))
+        return dataclasses.replace(found, tokens=kept.tokens)
 
     def _named(self, rows: int) -> tuple[str, int]:
         return preset_of(self.preset).name, rows
@@ -109,9 +115,19 @@ class Relevance(Analysis[RelevanceReport]):
         wanted: list[Tap] = []
         for name in self.taps:
             wanted += _TAPS[name](graph)
+        if not wanted:
+            # What there was to distribute is told in any case, and comes with taps only.
+            wanted.append(Tap("output", (graph.outputs[0].name,), taps.amounts_of))
         seed = parse_seed(self.seed, self.position)
         output = self.output or 0
-        return Request(output, seed, bool(self.labels), True, tuple(wanted), self.ledger)
+        return Request(
+            output,
+            seed,
+            label=bool(self.labels),
+            taps=tuple(wanted),
+            ledger=self.ledger,
+            checkpoint=self.checkpoint,
+        )
 
     def _with_labels(
         self, sample: Mapping[str, Any], graph: Graph, start: int
@@ -131,120 +147,64 @@ class Relevance(Analysis[RelevanceReport]):
         return given, count
 
 
-def _add_up(totals: Totals, found: Mapping[str, Tensor]) -> None:
-    """Add what one batch gave; of the relevance of inputs only flow and mass."""
-    for name, value in found.items():
-        if name.startswith("relevance."):
-            wide = value.double()
-            amounts = torch.stack((wide.sum(), wide.abs().sum()))
-        elif name == "start" or name.startswith(("tap.", "ledger.")):
-            amounts = value.double()
-        else:
-            continue
-        totals[name] = totals[name] + amounts if name in totals else amounts
+class _Kept:
+    """What is kept of the batches, in their order.
 
-
-def report_of(
-    graph: Graph, made: RelevanceGraph, means: Totals, named: tuple[str, int]
-) -> RelevanceReport:
-    """A report of what a relevance graph gave.
-
-    Args:
-        graph: Of the model.
-        made: The relevance graph, with the taps of this analysis.
-        means: ``"start"``, ``"tap.…"`` and ``"ledger.…"`` as it gives them, in float64 and over
-            the rows, and flow and mass of each ``"relevance.<input>"``.
-        named: Name of the preset, and how many rows there were.
+    Attributes:
+        totals: Name of an output of the relevance graph -> its sum; of the relevance of inputs
+            flow and mass, and ``"pixels.<input>"``.
+        tokens: Name of an input -> the relevance of the tokens of each row.
     """
-    start = means["start"]
-    inputs = {name: _amounts(means[f"relevance.{name}"]) for name in made.sources}
-    ledger: dict[str, float] = {}
-    closure = 0.0
-    if made.ledger:
-        leaks = means["ledger.leaks"]
-        for entry, leak in zip(made.ledger, leaks.tolist(), strict=True):
-            ledger[entry.cause] = ledger.get(entry.cause, 0.0) + leak
-        closure = float((start - means["ledger.inputs"].sum() - leaks.sum()) / start.abs())
-    return RelevanceReport(
-        preset=named[0],
-        rows=named[1],
-        start=float(start),
-        inputs=inputs,
-        operations=_operations(graph, made, means),
-        blocks=_blocks(graph, made, means),
-        sublayers=_sublayers(graph, made, means),
-        heads=_heads(graph, made, means),
-        ledger=ledger,
-        closure=closure,
-    )
+
+    def __init__(self, graph: Graph, wanted: tuple[str, ...]) -> None:
+        self.totals: Totals = {}
+        self.tokens: dict[str, list[tuple[float, ...]]] = {}
+        self._images: frozenset[str] = frozenset()
+        inputs = dict(zip(graph.signature.inputs, graph.inputs, strict=True))
+        if "tokens" in wanted:
+            self.tokens = {name: [] for name in _like(inputs, "tokens", _holds_tokens)}
+        if "pixels" in wanted:
+            self._images = frozenset(_like(inputs, "pixels", _holds_pixels))
+
+    def add(self, found: Mapping[str, Tensor]) -> None:
+        """Add what one batch gave."""
+        for name, value in found.items():
+            if name.startswith("relevance."):
+                self._add_input(name.removeprefix("relevance."), value.double())
+            elif name == "start" or name.startswith(("tap.", "ledger.")):
+                self._add(name, value.double())
+
+    def _add_input(self, name: str, relevance: Tensor) -> None:
+        self._add(f"relevance.{name}", torch.stack((relevance.sum(), relevance.abs().sum())))
+        if name in self.tokens and relevance.ndim > 2:
+            self.tokens[name] += [tuple(row) for row in relevance.flatten(2).sum(-1).tolist()]
+        if name in self._images:
+            maps = relevance.sum(1)
+            self._add(f"pixels.{name}", torch.stack((maps.sum(0), maps.abs().sum(0))))
+
+    def _add(self, name: str, amounts: Tensor) -> None:
+        before = self.totals.get(name)
+        if before is not None and before.shape != amounts.shape:
+            raise SamplesError(
+                f"the samples have images of {list(before.shape[1:])} and "
+                f"{list(amounts.shape[1:])} pixels, whose relevance has no mean"
+            )
+        self.totals[name] = amounts if before is None else before + amounts
 
 
-def _amounts(pair: Tensor) -> Amounts:
-    flow, mass = pair.tolist()
-    return Amounts(flow, mass)
+def _like(inputs: Mapping[str, Node], what: str, holds: Callable[[Tensor], bool]) -> list[str]:
+    """The inputs that hold what is asked for."""
+    values = {n: v for n, node in inputs.items() if isinstance(v := node.meta.get("val"), Tensor)}
+    found = [name for name, value in values.items() if holds(value)]
+    if not found:
+        listed = ", ".join(f"{name} ({v.dtype}, {v.ndim} axes)" for name, v in values.items())
+        raise GraphError(f"no input holds {what} whose relevance is asked for; there are {listed}")
+    return found
 
 
-def _reached(made: RelevanceGraph) -> frozenset[str]:
-    """The nodes that have a coefficient, by their names in the model's graph."""
-    reached = frozenset(made.reached)
-    return reached | {old for old, new in made.replaced.items() if new in reached}
+def _holds_tokens(value: Tensor) -> bool:
+    return not value.is_floating_point() and value.ndim == 2
 
 
-def _block_names(graph: Graph) -> dict[str, str]:
-    return {node.name: block.name for block in graph.blocks for node in block.nodes}
-
-
-def _operations(
-    graph: Graph, made: RelevanceGraph, means: Totals
-) -> tuple[OperationRelevance, ...]:
-    reached, blocks = _reached(made), _block_names(graph)
-    return tuple(
-        OperationRelevance(
-            node.name,
-            op_name(node.target),
-            blocks.get(node.name, ""),
-            _amounts(means[f"tap.operation.{node.name}"]),
-        )
-        for node in graph.nodes
-        if f"tap.operation.{node.name}" in means and node.name in reached
-    )
-
-
-def _blocks(graph: Graph, made: RelevanceGraph, means: Totals) -> tuple[BlockRelevance, ...]:
-    reached = _reached(made)
-    added = {part.index: part.amounts.flow for part in _sublayers(graph, made, means)}
-    return tuple(
-        BlockRelevance(
-            block.index,
-            block.name,
-            _amounts(means[f"tap.block.{block.index}"]) if block.exit.name in reached else None,
-            sum(added.get(part.index, 0.0) for part in block.sublayers),
-        )
-        for block in graph.blocks
-        if f"tap.block.{block.index}" in means
-    )
-
-
-def _sublayers(graph: Graph, made: RelevanceGraph, means: Totals) -> tuple[SublayerRelevance, ...]:
-    reached = _reached(made)
-    found: list[SublayerRelevance] = []
-    for part in graph.stream.sublayers:
-        sums = means.get(f"tap.sublayer.{part.index}")
-        if sums is None or part.add.name not in reached:
-            continue
-        effect, other, flow, mass = sums.tolist()
-        share = effect / (effect + other) if effect + other else 0.0
-        amounts = Amounts(flow, mass)
-        found.append(SublayerRelevance(part.index, part.name, part.kind, amounts, effect, share))
-    return tuple(found)
-
-
-def _heads(graph: Graph, made: RelevanceGraph, means: Totals) -> tuple[HeadsRelevance, ...]:
-    reached, blocks = _reached(made), _block_names(graph)
-    found: list[HeadsRelevance] = []
-    for node in graph.nodes:
-        sums = means.get(f"tap.heads.{node.name}")
-        if sums is not None and node.name in reached:
-            heads = tuple(Amounts(flow, mass) for flow, mass in sums.T.tolist())
-            found.append(HeadsRelevance(node.name, blocks.get(node.name, ""), heads))
-    return tuple(found)
+def _holds_pixels(value: Tensor) -> bool:
+    return value.is_floating_point() and value.ndim == 4

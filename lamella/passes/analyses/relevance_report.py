@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,57 @@ class HeadsRelevance:
         node: Name of the node that attends.
         block: Name of the block it is in, or "".
         heads: Flow and mass of the result of each head.
+        shared: How many heads next to each other share keys and values.
     """
 
     node: str
     block: str
     heads: tuple[Amounts, ...]
+    shared: int = 1
+
+    @property
+    def groups(self) -> tuple[Amounts, ...]:
+        """Flow and mass of the heads that share keys and values, together."""
+        starts = range(0, len(self.heads), self.shared)
+        each = [self.heads[start : start + self.shared] for start in starts]
+        return tuple(Amounts(sum(h.flow for h in g), sum(h.mass for h in g)) for g in each)
+
+
+@dataclass(frozen=True)
+class PartsRelevance:
+    """Relevance of the experts of a branch, or of the channels of a hidden layer.
+
+    Attributes:
+        name: Of the branch.
+        node: Name of the node whose value they are parts of.
+        flow: Of each, float64 ``[parts]``; of channels of experts ``[experts, channels]``.
+        mass: As `flow`.
+    """
+
+    name: str
+    node: str
+    flow: Tensor = field(repr=False)
+    mass: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class WeightRelevance:
+    """Relevance of a weight, ``<W, x^T M>``, by row.
+
+    What its layer computes is this and its bias, entry by entry of the result.
+
+    Attributes:
+        weight: Name of the weight.
+        rows: ``<W_i, (x^T M)_i>`` of each row, float64 ``[rows]``; of experts ``[experts, rows]``.
+    """
+
+    weight: str
+    rows: Tensor = field(repr=False)
+
+    @property
+    def amounts(self) -> Amounts:
+        """Flow of the weight; its mass is that of the rows, ``sum |row|``."""
+        return Amounts(float(self.rows.sum()), float(self.rows.abs().sum()))
 
 
 @dataclass(frozen=True)
@@ -109,6 +157,13 @@ class RelevanceReport:
         blocks: In order.
         sublayers: In order; those that no relevance goes through are left out.
         heads: Of every attention whose heads are an axis.
+        experts: Of every mixture of experts.
+        channels: Of every hidden layer.
+        weights: Every weight of a layer or an embedding.
+        tokens: Name of an input of integers -> relevance of the tokens of each row of the
+            samples, in their order.
+        pixels: Name of an input of images -> flow and mass of each pixel, means over the rows,
+            float64 ``[2, height, width]``; channels of a pixel are added first.
         ledger: Cause -> what was kept there; empty unless asked for.
         closure: ``(start - inputs - ledger) / |start|``, rounding only; 0 without a ledger.
     """
@@ -121,5 +176,12 @@ class RelevanceReport:
     blocks: tuple[BlockRelevance, ...] = field(repr=False)
     sublayers: tuple[SublayerRelevance, ...] = field(repr=False)
     heads: tuple[HeadsRelevance, ...] = field(repr=False)
+    experts: tuple[PartsRelevance, ...] = field(default=(), repr=False)
+    channels: tuple[PartsRelevance, ...] = field(default=(), repr=False)
+    weights: tuple[WeightRelevance, ...] = field(default=(), repr=False)
+    tokens: Mapping[str, Sequence[tuple[float, ...]]] = field(
+        default_factory=dict[str, Sequence[tuple[float, ...]]], repr=False
+    )
+    pixels: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
     ledger: Mapping[str, float] = field(default_factory=dict[str, float])
     closure: float = 0.0

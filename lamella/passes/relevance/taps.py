@@ -16,6 +16,7 @@ from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten
 from lamella.ir.stream import Sublayer
+from lamella.passes.parts import attends
 from lamella.passes.relevance.ledger import widened
 from lamella.passes.relevance.request import Tap, relevance_of
 
@@ -85,21 +86,8 @@ def head_taps(graph: Graph) -> list[Tap]:
     return [
         Tap(f"heads.{node.name}", (node.name,), amounts_by_head)
         for node in graph.nodes
-        if _has_heads(node)
+        if attends(node)
     ]
-
-
-def _has_heads(node: Node) -> bool:
-    if not is_float(node) or node.meta["val"].ndim != 4:
-        return False
-    if node.target is aten.scaled_dot_product_attention.default:
-        return True
-    if node.target is not aten.matmul.default:
-        return False
-    weights = node.args[0]
-    while isinstance(weights, Node) and weights.target is aten.to.dtype:
-        weights = weights.args[0]
-    return isinstance(weights, Node) and weights.target is aten.softmax.int
 
 
 def is_float(node: Node) -> bool:

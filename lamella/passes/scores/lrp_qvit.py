@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
+from lamella.data import Samples
 from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten
@@ -17,9 +16,9 @@ from lamella.ir.quantize import Format
 from lamella.passes.base import Analyses
 from lamella.passes.relevance.request import relevance_of
 from lamella.passes.scores.base import BitScore, BitScoreReport, finite
-from lamella.passes.scores.starts import Draws, seeds_of
+from lamella.passes.scores.starts import Draws, all_seeds
 from lamella.passes.scores.sweeps import Sweeps
-from lamella.passes.scores.target import first_sequences, loss_target, single_sequences
+from lamella.passes.scores.target import first_sequences, loss_target
 from lamella.passes.sites import find_sites
 from lamella.rules.relevance import amplified, contraction
 from lamella.rules.relevance.presets import ATTNLRP, Preset
@@ -60,7 +59,7 @@ class LrpQvit(BitScore):
         ValueError: `sequences` is smaller than 1.
 
     References:
-        [Ranjan2024], for the idea; `methods/relevance.md`, section 7.2, for the normalization.
+        [Ranjan2024]; the normalization and the error of a width are choices made here.
     """
 
     name: ClassVar[str] = "lrp-qvit"
@@ -76,7 +75,7 @@ class LrpQvit(BitScore):
     def run(self, graph: Graph, analyses: Analyses) -> BitScoreReport:
         """One forward run and one sweep for each sequence."""
         samples = first_sequences(analyses.need_samples(), self.sequences)
-        shares = layer_shares(graph, single_sequences(samples))
+        shares = layer_shares(graph, samples)
         losses: dict[str, dict[Format, float]] = {}
         for site in find_sites(graph):
             share = sum(shares.get(reader.name, 0.0) for reader in site.readers)
@@ -87,14 +86,14 @@ class LrpQvit(BitScore):
         return BitScoreReport(self.name, losses, "relative")
 
 
-def layer_shares(graph: Graph, samples: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def layer_shares(graph: Graph, samples: Samples) -> dict[str, float]:
     """Name of each layer that multiplies matrices (and each embedding) -> its share ``Omega``.
 
     Shares of all layers but embeddings add up to 1; an embedding is measured in the same unit.
 
     Args:
         graph: Of the model.
-        samples: One sequence each.
+        samples: They run one sequence at a time.
     """
     target = loss_target(graph)
     layers = [node.name for node in graph.nodes if _multiplies(node)]
@@ -106,11 +105,8 @@ def layer_shares(graph: Graph, samples: Iterable[Mapping[str, Any]]) -> dict[str
         relevance = relevance_of(sweeps.value(name).double(), coefficient.double())
         masses[name] += float(relevance.abs().sum())
 
-    start = Draws("logit", 1, torch.Generator())
-    for sample in samples:
-        output = sweeps.forward(sample)
-        for seed in seeds_of(output, sweeps, target, start):
-            sweeps.backward(seed, see)
+    for _, seed in all_seeds(samples, sweeps, target, Draws.of("logit", 1, 0)):
+        sweeps.backward(seed, see)
     total = sum(masses[name] for name in layers) or 1.0
     return {name: mass / total for name, mass in masses.items()}
 

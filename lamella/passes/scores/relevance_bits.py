@@ -18,14 +18,9 @@ from lamella.ir.quantize import Format, dequantized
 from lamella.passes.base import Analyses
 from lamella.passes.scores.base import BitScore, BitScoreReport, finite
 from lamella.passes.scores.fisher import groups_in_memory
-from lamella.passes.scores.starts import DRAWN, Draws, check_start, seeds_of
+from lamella.passes.scores.starts import DRAWN, Draws, all_seeds, check_options
 from lamella.passes.scores.sweeps import Sweeps
-from lamella.passes.scores.target import (
-    LossTarget,
-    first_sequences,
-    loss_target,
-    single_sequences,
-)
+from lamella.passes.scores.target import LossTarget, first_sequences, loss_target
 from lamella.passes.sites import Site, find_sites
 from lamella.rules.relevance.presets import Preset, preset_of
 
@@ -66,7 +61,8 @@ class RelevanceBits(BitScore):
         ValueError: An option has another value.
 
     References:
-        `methods/relevance.md`, section 7.3; [Martens2020], section 5, for drawn labels.
+        [Jafari2025], with the rounded weight as the value in the other run; [Martens2020],
+        section 5, for drawn labels.
     """
 
     name: ClassVar[str] = "relevance"
@@ -81,12 +77,7 @@ class RelevanceBits(BitScore):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        preset_of(self.preset)
-        check_start(self.start)
-        if self.sequences < 1 or self.draws < 1:
-            raise ValueError(
-                f"sequences and draws must be at least 1, got {self.sequences} and {self.draws}"
-            )
+        check_options(self.preset, self.start, self.sequences, self.draws)
 
     def run(self, graph: Graph, analyses: Analyses) -> BitScoreReport:
         """Run the sequences once for every gigabyte of errors.
@@ -117,15 +108,13 @@ class RelevanceBits(BitScore):
         samples = first_sequences(analyses.need_samples(), self.sequences)
         readers = effects.readers
         sweeps = Sweeps(graph, preset_of(self.preset), target, readers, readers.values())
-        draws = Draws(self.start, self.draws, torch.Generator().manual_seed(self.seed))
+        draws = Draws.of(self.start, self.draws, self.seed)
         tokens = 0
-        for sample in single_sequences(samples):
-            output = sweeps.forward(sample)
-            tokens += len(sweeps.rows(output))
-            for seed in seeds_of(output, sweeps, target, draws):
-                sweeps.backward(seed, lambda name, m: effects.see(name, m, sweeps))
-                effects.finish()
-        return max(tokens, 1) * (self.draws if self.start == DRAWN else 1)
+        for more, seed in all_seeds(samples, sweeps, target, draws):
+            tokens += more or 0
+            sweeps.backward(seed, lambda name, m: effects.see(name, m, sweeps))
+            effects.finish()
+        return max(tokens, 1) * draws.per_sequence
 
 
 class _Effects:

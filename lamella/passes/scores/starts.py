@@ -1,4 +1,4 @@
-"""Where the relevance of a score starts: coefficients of the output, one after the other."""
+"""Where the relevance of a score starts, and how often: one sequence after the other."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lamella.data import Samples
 from lamella.passes.relevance.seeds import parse_seed
 from lamella.passes.scores.sweeps import Sweeps
-from lamella.passes.scores.target import LossTarget, drawn_loss
+from lamella.passes.scores.target import LossTarget, drawn_loss, single_sequences
+from lamella.rules.relevance.presets import Preset, preset_of
 
 DRAWN = "drawn"
 """The gradient of the loss of labels that are drawn from the model itself."""
 
 
-def check_start(start: str) -> None:
-    """Complain about a start that there is not.
+def check_options(preset: str | Preset, start: str, sequences: int, draws: int) -> None:
+    """Complain about options that scores by relevance have in common.
 
     Raises:
-        ValueError: `start` is neither ``"drawn"`` nor a seed.
+        ValueError: The preset is unknown, `start` is neither ``"drawn"`` nor a seed, or a number
+            is smaller than 1.
     """
+    preset_of(preset)
     if start != DRAWN:
         parse_seed(start)
+    if sequences < 1 or draws < 1:
+        raise ValueError(f"sequences and draws must be at least 1, got {sequences} and {draws}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,32 @@ class Draws:
     count: int
     generator: torch.Generator
 
+    @classmethod
+    def of(cls, start: str, count: int, seed: int) -> Draws:
+        """Draws that a seed decides."""
+        return cls(start, count, torch.Generator().manual_seed(seed))
+
+    @property
+    def per_sequence(self) -> int:
+        """Starts per sequence."""
+        return self.count if self.start == DRAWN else 1
+
+
+def all_seeds(
+    samples: Samples, sweeps: Sweeps, target: LossTarget, draws: Draws
+) -> Iterator[tuple[int | None, Tensor]]:
+    """Run the sequences one by one; for each its seeds.
+
+    Yields:
+        How many tokens count of a sequence that has just run, or None at its other seeds; and
+        the coefficient of the output.
+    """
+    for sample in single_sequences(samples):
+        output = sweeps.forward(sample)
+        tokens = len(sweeps.rows(output))
+        for draw, seed in enumerate(seeds_of(output, sweeps, target, draws)):
+            yield None if draw else tokens, seed
+
 
 def seeds_of(output: Tensor, sweeps: Sweeps, target: LossTarget, draws: Draws) -> Iterator[Tensor]:
     """The seeds for one sample, of the shape of `output`; padding starts nothing.
@@ -51,7 +83,7 @@ def seeds_of(output: Tensor, sweeps: Sweeps, target: LossTarget, draws: Draws) -
         draws: How many, and which.
     """
     leaf = output.detach().requires_grad_()
-    count = draws.count if draws.start == DRAWN else 1
+    count = draws.per_sequence
     with torch.enable_grad():
         rows = sweeps.rows(leaf)
         for draw in range(count):
