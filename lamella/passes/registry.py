@@ -16,6 +16,7 @@ from lamella.passes.analyses.pareto import Pareto
 from lamella.passes.analyses.relevance import Relevance
 from lamella.passes.analyses.z_score_distribution import ZScoreDistribution
 from lamella.passes.base import Analysis, Transform
+from lamella.passes.scores.relevance_of_parts import RelevanceOfParts
 from lamella.passes.transforms.allocate_bits import AllocateBits
 from lamella.passes.transforms.blend_weights import BlendWeights
 from lamella.passes.transforms.drop_blocks import DropBlocks
@@ -48,6 +49,7 @@ ANALYSES: tuple[type[Analysis[Any]], ...] = (
     LayerInputModification,
     Pareto,
     Relevance,
+    RelevanceOfParts,
     ZScoreDistribution,
 )
 """The built-in analyses, in the order in which they are listed."""
