@@ -1,6 +1,6 @@
 """Activation patching against its estimates from one sweep, on the trained language model.
 
-    python -m benchmarks.patching [--pairs 32] [--record]
+    python -m benchmarks.patching [--pairs 16] [--record]
 
 Two tasks are made of files that the model has not seen. Induction: a piece of a file, and its
 beginning again; the next token is the one that came then. Brackets: a piece of a file up to a
@@ -37,7 +37,7 @@ PRESETS = ("relp", "gradient", "attnlrp", "cp")
 PIECE, REPEATED = 16, 10
 """Tokens of a piece of a file, and how many of them come again."""
 
-BRACKETS = 24
+BRACKETS = 20
 """Tokens before a closing bracket."""
 
 PERMUTATIONS = 200
@@ -70,7 +70,7 @@ class Task:
 def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--record", action="store_true", help="write the table of results")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -131,17 +131,21 @@ def rows_of(graph: Graph, task: Task) -> Iterator[tuple[object, ...]]:
 
 
 def _measured(graph: Graph, task: Task, sites: Sequence[PatchSite]) -> PatchEffects:
-    """`activation_patching`, or what it found before."""
-    sha = hashlib.sha256(task.clean.numpy().tobytes() + task.corrupt.numpy().tobytes())
-    sha.update(repr([sites, task.answers.tolist(), language_model().name]).encode())
-    path = ROOT.parent / "patching" / f"{sha.hexdigest()[:16]}.pt"
-    if not path.exists():
-        pair = _given(task.clean), _given(task.corrupt)
-        found = faithfulness.activation_patching(graph, *pair, sites, task.metric)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save([*found.values.values(), found.clean, found.corrupt], path)
-    *values, clean, corrupt = torch.load(path, weights_only=True)
-    return PatchEffects(dict(zip(sites, values, strict=True)), clean, corrupt)
+    """`activation_patching`, or what it found before; every site is kept as soon as known."""
+    values: dict[PatchSite, Tensor] = {}
+    for site in sites:
+        sha = hashlib.sha256(task.clean.numpy().tobytes() + task.corrupt.numpy().tobytes())
+        sha.update(repr([site, task.answers.tolist(), language_model().name]).encode())
+        path = ROOT.parent / "patching" / f"{sha.hexdigest()[:16]}.pt"
+        if not path.exists():
+            pair = _given(task.clean), _given(task.corrupt)
+            found = faithfulness.activation_patching(graph, *pair, [site], task.metric)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(found.values[site], path.with_suffix(".aside"))
+            path.with_suffix(".aside").replace(path)
+        values[site] = torch.load(path, weights_only=True)
+    ends = (_metric(graph, task, rows).double() for rows in (task.clean, task.corrupt))
+    return PatchEffects(values, *ends)
 
 
 def _sizes(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Result
-from benchmarks.scores.cases import SEEDS, Case, outputs
+from benchmarks.scores.cases import Case, outputs
 from benchmarks.scores.judged import BUDGETS, BitsTruth, Table, interval
 from benchmarks.scores.truth import Measured, bit_losses, measured_on_unseen
 from benchmarks.scores.work import Work, work_of
@@ -121,7 +121,7 @@ def found_of(case: Case, score: BitScore, seed: int) -> Found:
     """What a score says from one set of samples, or what it said before."""
     path = _path(case, score, seed)
     if not path.exists():
-        samples = case.seen[seed % SEEDS]
+        samples = case.seen[seed % len(case.seen)]
         _, whole = work_of(lambda: outputs(case.graph, samples.batches))
         report, work = work_of(lambda: Analyses(case.graph, samples).get(score))
         _keep(path, report.losses, work, whole)
@@ -135,7 +135,7 @@ def found_of(case: Case, score: BitScore, seed: int) -> Found:
 def _path(case: Case, score: BitScore, seed: int) -> Path:
     """Where a score is kept: its options, the module that defines it, and what it is run on."""
     source = Path(inspect.getfile(type(score))).read_bytes()
-    parts = [repr(score).encode(), source, case.seen[seed % SEEDS].digest.encode()]
+    parts = [repr(score).encode(), source, case.seen[seed % len(case.seen)].digest.encode()]
     key = hashlib.sha256(b"|".join(parts))
     return ROOT.parent / "scores" / f"{case.name}-{score.name}-{key.hexdigest()[:16]}.json"
 
@@ -157,7 +157,7 @@ def rows_of(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...]]:
     for label, build in builders(judge.case).items():
         if only and label not in only:
             continue
-        seeds = 1 if label in ONCE else RANDOM_SEEDS if label == "random" else SEEDS
+        seeds = RANDOM_SEEDS if label == "random" else _sets(judge.case, label)
         row = _row(judge, label, [build(seed) for seed in range(seeds)])
         if row is not None:
             rows[label] = row
@@ -170,7 +170,7 @@ def equal_rows(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...
     for label, build in builders(judge.case).items():
         if (only and label not in only) or not build(0).needs_samples:
             continue
-        seeds = range(1 if label in ONCE else SEEDS)
+        seeds = range(_sets(judge.case, label))
         cut = _cut(judge.case, build(0))
         if cut is not None:
             several = [_with(build(seed), cut) for seed in seeds]
@@ -178,6 +178,10 @@ def equal_rows(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...
             if row is not None:
                 rows[" ".join([label, *(f"{k}={v}" for k, v in cut.items())])] = row
     return rows
+
+
+def _sets(case: Case, label: str) -> int:
+    return 1 if label in ONCE else len(case.seen)
 
 
 def _cut(case: Case, score: BitScore) -> dict[str, int] | None:
@@ -218,7 +222,8 @@ def table(
     ]
     parts = ("Spearman", "within a width", "regret", "forwards", "s")
     described = ", ".join(
-        f"{case.name}: {len(case.unseen)} unseen sequences, scores from {case.sequences}"
+        f"{case.name}: {len(case.unseen)} unseen sequences, scores from {len(case.seen)} set(s) "
+        f"of {case.sequences}"
         for case in cases
     )
     return Result(
@@ -227,8 +232,8 @@ def table(
         ("score", *(f"{case.name}: {part}" for case in cases for part in parts)),
         rows,
         (
-            f"{described}. Blocks of 64, inputs rounded to 8 bits. Means over {SEEDS} disjoint "
-            f"sets of samples (random: {RANDOM_SEEDS} seeds; {', '.join(ONCE)}: one) and [95 % "
+            f"{described}. Blocks of 64, inputs rounded to 8 bits. Means over disjoint "
+            f"sets of samples (random: {RANDOM_SEEDS} seeds; {', '.join(ONCE)}: one set) and [95 % "
             "of sets and of unseen sequences drawn with replacement].",
             "Regret: measured loss (single changes, added) of the plans that a score chooses at "
             f"{', '.join(f'{b:g}' for b in BUDGETS)} bits, over that of the best plans, minus 1.",

@@ -21,8 +21,8 @@ from lamella.ir.graph import Graph
 from lamella.ir.segments import program
 from lamella.passes.scores.target import loss_target
 
-SEEDS = 3
-"""Disjoint sets of samples that every score is computed from."""
+SETS = {"vit": 3, "minilm": 2, "lm": 1}
+"""How many disjoint sets of samples every score is computed from."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Case:
     Attributes:
         name: In tables.
         graph: The model.
-        seen: For each seed, samples that scores are computed from; the sets are disjoint.
+        seen: Sets of samples that scores are computed from, each apart; they are disjoint.
         sequences: How many sequences each of them holds.
         unseen: What losses are measured on, one sequence each.
     """
@@ -45,17 +45,19 @@ class Case:
 
 
 def vit() -> Case:
-    """The digits ViT: 64 images for each seed, 200 to measure on."""
+    """The digits ViT: 64 images for each set, 200 to measure on."""
     shown, hidden = digits("calibration")[0], digits("test")[0][:200]
-    count = len(shown) // SEEDS
-    seen = [[{"pixel_values": c} for c in part.split(16)] for part in _parts(shown, count)]
+    count = len(shown) // SETS["vit"]
+    seen = [
+        [{"pixel_values": c} for c in part.split(16)] for part in _parts(shown, count, SETS["vit"])
+    ]
     graph = lamella.capture(digits_vit(), seen[0][0])
     unseen = tuple({"pixel_values": image} for image in hidden.split(1))
     return Case("vit", graph, tuple(map(Samples.of, seen)), count, unseen)
 
 
 def minilm() -> Case:
-    """MiniLM: 32 sentences for each seed, 96 others to measure on."""
+    """MiniLM: 32 sentences for each set, 96 others to measure on."""
     source, count = api.read(Path(get_model_path())), 32
     names = source.graph.signature.inputs
     assert source.tokenizer is not None
@@ -64,20 +66,20 @@ def minilm() -> Case:
         given = source.tokenizer(texts, padding=True, return_tensors="pt")  # type: ignore[misc]
         return {name: given[name] for name in names}
 
-    texts = sentences(96 + SEEDS * count)
+    texts = sentences(96 + SETS["minilm"] * count)
     unseen = tuple(tokenized([text]) for text in texts[:96])
-    parts = [texts[96 + seed * count :][:count] for seed in range(SEEDS)]
+    parts = [texts[96 + seed * count :][:count] for seed in range(SETS["minilm"])]
     seen = [Samples.of([tokenized(part[:16]), tokenized(part[16:])]) for part in parts]
     return Case("minilm", source.graph, tuple(seen), count, unseen)
 
 
 def language() -> Case:
-    """The language model: 16 rows of 128 tokens for each seed, 24 rows of other files."""
+    """The language model: 16 rows of 128 tokens for each set, 24 rows of other files."""
     folder, count = language_model(), 16
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    shown = windows(tokenizer, "calibration", 128, SEEDS * count)
+    shown = windows(tokenizer, "calibration", 128, SETS["lm"] * count)
     hidden = windows(tokenizer, "test", 128, 24)
-    seen = [list(map(_rows, part.split(8))) for part in _parts(shown, count)]
+    seen = [list(map(_rows, part.split(8))) for part in _parts(shown, count, SETS["lm"])]
     graph = lamella.capture(folder, seen[0][0])
     return Case(
         "lm", graph, tuple(map(Samples.of, seen)), count, tuple(map(_rows, hidden.split(1)))
@@ -98,8 +100,8 @@ def outputs(graph: Graph, batches: Sequence[Batch]) -> list[Tensor]:
     return [target.rows(values) for values in states]
 
 
-def _parts(rows: Tensor, count: int) -> list[Tensor]:
-    return [rows[seed * count :][:count] for seed in range(SEEDS)]
+def _parts(rows: Tensor, count: int, sets: int) -> list[Tensor]:
+    return [rows[place * count :][:count] for place in range(sets)]
 
 
 def _rows(tokens: Tensor) -> Batch:

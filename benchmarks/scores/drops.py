@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import Result
-from benchmarks.scores.cases import SEEDS, Case
+from benchmarks.scores.cases import Case
 from benchmarks.scores.judged import DropsTruth, interval
 from benchmarks.scores.truth import Measured, drop_losses, droppable, measured_on_unseen, without
 from lamella.data import Batch
@@ -99,10 +99,10 @@ def methods(parts: Parts) -> Iterator[tuple[str, list[Chosen]]]:
             _relevance, parts, preset, start
         )
     for label, build in named.items():
-        seeds = RANDOM_SEEDS if label == "random" else SEEDS
+        seeds = RANDOM_SEEDS if label == "random" else len(parts.case.seen)
         yield label, [_at_once(parts, build(seed), seed) for seed in range(seeds)]
     for label in AGAIN:
-        found = [_again(parts, named[label](seed), seed) for seed in range(SEEDS)]
+        found = [_again(parts, named[label](seed), seed) for seed in range(len(parts.case.seen))]
         yield f"{label}, again after each drop", found
     yield "kl on samples, greedy", [_greedy(parts, seed) for seed in range(1)]
 
@@ -120,7 +120,7 @@ def _relevance(parts: Parts, preset: str, start: str, seed: int) -> Score:
 
 
 def _at_once(parts: Parts, by: Score, seed: int) -> Chosen:
-    report = Analyses(parts.case.graph, parts.case.seen[seed % SEEDS]).get(by)
+    report = Analyses(parts.case.graph, parts.case.seen[seed % len(parts.case.seen)]).get(by)
     importance = {name: report.importance()[name] for name in parts.names}
     return Chosen(importance, sorted(importance, key=lambda name: importance[name]))
 
@@ -130,7 +130,7 @@ def _again(parts: Parts, by: Score, seed: int) -> Chosen:
     gone: list[str] = []
     for _ in range(parts.counts[-1]):
         graph = without(parts.case.graph, parts.level, gone)
-        found = Analyses(graph, parts.case.seen[seed % SEEDS]).get(by).importance()
+        found = Analyses(graph, parts.case.seen[seed % len(parts.case.seen)]).get(by).importance()
         left = [name for name in parts.names if name not in gone]
         missing = [name for name in left if name not in found]
         assert not missing, missing
@@ -203,9 +203,9 @@ def table(
         (
             "Spearman: with the loss without each single one. Regret: measured loss without the "
             f"first ones together, over that of the best such set that any method found, minus 1; "
-            f"mean over sizes ({sizes}). Means over {SEEDS} disjoint sets of samples (random: "
-            f"{RANDOM_SEEDS} seeds, greedy: one) and [95 % of sets and of unseen sequences drawn "
-            "with replacement].",
+            f"mean over sizes ({sizes}). Means over disjoint sets of samples (random: "
+            f"{RANDOM_SEEDS} seeds, greedy: one set) and [95 % of sets and of unseen sequences "
+            "drawn with replacement].",
             f"Greedy measures the loss on {GREEDY} sequences of the samples without every part "
             "that is left, again after each drop.",
         ),

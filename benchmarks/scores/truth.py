@@ -7,6 +7,7 @@ data measures again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -147,11 +148,11 @@ class _Trial:
     site: Site
 
     def of(self, format: Format) -> Losses:
-        value = dequantized(self.measured.graph.weight(self.site.node), format)
-        key = f"{self.site.weight} {digest(value).hex()[:24]} int8/{format.block}"
-        return self.measured.of(key, lambda: self._measure(value, format))
+        key = f"{self.site.weight} {rounding_key(format)}"
+        return self.measured.of(key, lambda: self._measure(format))
 
-    def _measure(self, value: Tensor, format: Format) -> Losses:
+    def _measure(self, format: Format) -> Losses:
+        value = dequantized(self.measured.graph.weight(self.site.node), format)
         calls = rounding([self.site], format)
         rows: list[Tensor] = []
         for values in self.states:
@@ -163,6 +164,14 @@ class _Trial:
                 segment.run(now, weights, calls=calls)
             rows.append(loss_target(self.measured.graph).rows(now))
         return self.measured.losses(rows)
+
+
+@functools.cache
+def rounding_key(format: Format) -> str:
+    """What a format makes of a weight: the digest of how it rounds one."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    rounded, read = dequantized(weight, format), round_to_int8(weight, format.block)
+    return f"{format.bits}/{format.block} {(digest(rounded) + digest(read)).hex()[48:80]}"
 
 
 def rounding(sites: Iterable[Site], format: Format) -> Calls:
@@ -182,7 +191,7 @@ def plan_losses(measured: Measured, plan: Mapping[str, Format]) -> Losses:
     key = (
         "plan "
         + hashlib.sha256(
-            json.dumps([[name, f.bits, f.block] for name, f in sorted(plan.items())]).encode()
+            json.dumps([[name, rounding_key(f)] for name, f in sorted(plan.items())]).encode()
         ).hexdigest()
     )
     target = loss_target(graph)
