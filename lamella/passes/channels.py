@@ -36,6 +36,7 @@ _MOVES = frozenset(
         *(aten.repeat_interleave.self_int, aten.flip.default),
     }
 )
+_CHOICES = frozenset({aten.index.Tensor, aten.index_select.default})
 _SAME = frozenset(
     {
         *(aten.relu.default, aten.leaky_relu.default, aten.neg.default, aten.abs.default),
@@ -94,6 +95,17 @@ def follow(graph: Graph, node: Node) -> Channels:
     return _Walk(graph, node).channels()
 
 
+def moves_rows(graph: Graph, user: Node, value: Node) -> bool:
+    """Whether `user` only moves rows of `value` about, each as a whole, or casts them."""
+    if user.target is aten.to.dtype:
+        return bool(user.meta["val"].is_floating_point())
+    if user.target not in _MOVES and user.target not in _CHOICES:
+        return False
+    walk = _Walk(graph, value)
+    row = _row(walk.moved(user, value))
+    return row is not None and torch.equal(row, torch.arange(_sizes(value)[-1]))
+
+
 class _Walk:
     """One walk from a value to the layers that read it."""
 
@@ -133,7 +145,7 @@ class _Walk:
         if not others and user.target in LAYERS and _only(user, value, "input"):
             self._read(user, value)
             return
-        moved = None if others else self._moved(user, value)
+        moved = None if others else self.moved(user, value)
         if moved is None:
             name = "an output" if user.op == "output" else ops.op_name(user.target)
             for one in operands:
@@ -179,7 +191,7 @@ class _Walk:
             if reason:
                 self._fix(reader.channels, reason)
 
-    def _moved(self, user: Node, value: Node) -> Any:
+    def moved(self, user: Node, value: Node) -> Any:
         """The numbers of the channels in the result of `user`, or None if it mixes them."""
         rule = _RULES.get(user.target)
         if rule is not None:
@@ -300,4 +312,4 @@ _RULES: Mapping[Any, Callable[[Node, Node, Any], Tensor | None]] = {
     aten.masked_fill.Scalar: _filled,
 }
 
-__all__ = ["LAYERS", "Channels", "Reader", "follow"]
+__all__ = ["LAYERS", "Channels", "Reader", "follow", "moves_rows"]

@@ -24,19 +24,23 @@ from lamella.passes.transforms.drop_sublayers import DropSublayers
 from lamella.passes.transforms.fold_norms import FoldNorms
 from lamella.passes.transforms.fold_scales import FoldScales
 from lamella.passes.transforms.follow_plan import FollowPlan
+from lamella.passes.transforms.quantize_activations import QuantizeActivations
 from lamella.passes.transforms.quantize_convolutions import QuantizeConvolutions
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 from lamella.passes.transforms.restore_blocks import RestoreBlocks
+from lamella.passes.transforms.rotate_stream import RotateStream
 
 TRANSFORMS: tuple[type[Transform], ...] = (
     FoldNorms,
     FoldScales,
+    RotateStream,
     DropBlocks,
     DropSublayers,
     AllocateBits,
     FollowPlan,
     QuantizeWeights,
     QuantizeConvolutions,
+    QuantizeActivations,
     BlendWeights,
     RestoreBlocks,
 )

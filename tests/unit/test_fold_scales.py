@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from torch.fx.node import map_aggregate
 
 from lamella.data import Samples
 from lamella.errors import SamplesError
@@ -22,6 +20,7 @@ from lamella.passes.base import Analyses
 from lamella.passes.scale_places import find_places
 from lamella.passes.transforms.fold_scales import FoldScales
 from lamella.rewrite.canonicalize import canonicalize
+from tests.unit.widened import widen
 from tests.zoo.families import FAMILIES
 
 # Family -> how many norms and how many linear layers take factors, from how the models are built.
@@ -46,25 +45,6 @@ def _graph(model: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...]) -> 
     return graph
 
 
-def _widen(graph: Graph) -> None:
-    """Compute in float64 throughout; a model as double keeps float32 inside of its norms."""
-    for node in graph.inputs:
-        if node.meta["val"].is_floating_point():
-            graph.set_value(node, node.meta["val"].double())
-    for node in graph.weight_nodes():
-        if graph.weight(node).is_floating_point():
-            graph.set_weight(node, graph.weight(node).double())
-    for node in graph.nodes:
-        node.args = map_aggregate(node.args, _wide)
-        node.kwargs = map_aggregate(node.kwargs, _wide)
-    graph.refresh()
-    graph.finish()
-
-
-def _wide(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
-
-
 def _fold(graph: Graph, fold: FoldScales, samples: Samples) -> Sequence[str]:
     analyses = Analyses(graph, samples)
     fold.run(graph, analyses)
@@ -78,7 +58,7 @@ def test_the_function_stays_in_float64(name: str) -> None:
     family = FAMILIES[name]
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in family.inputs().items()}
     graph = _graph(family.build(), family.inputs())
-    _widen(graph)
+    widen(graph)
     places, _ = find_places(graph)
     norms = sum(place.is_norm for place in places)
     assert (norms, len(places) - norms) == PLACES[name]

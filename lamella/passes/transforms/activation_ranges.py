@@ -40,8 +40,7 @@ class RowSample(Reducer):
         (value,) = values
         rows = (value.reshape(-1, 1) if self.flat else value).float()
         kept, step, seen = state or (rows[:0], torch.tensor(1), torch.tensor(0))
-        numbers = torch.arange(rows.shape[0]) + seen
-        kept = torch.cat([kept, rows[numbers % step == 0]])
+        kept = torch.cat([kept, rows[int(-seen % step) :: int(step)]])
         while kept.shape[0] > self.limit:
             kept, step = kept[::2], step * 2
         return kept.clone(), step, seen + rows.shape[0]
