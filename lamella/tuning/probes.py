@@ -9,7 +9,6 @@ the measured times of kernels.
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,23 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lamella.backends.base import Backend
-from lamella.backends.formats import QuantFormat, Role, of_node
+from lamella.backends.formats import QuantFormat, of_node
 from lamella.backends.onnxruntime.threads import physical_cores
 from lamella.errors import BackendError
-from lamella.ir.capture import capture_module
 from lamella.ir.graph import Graph
-from lamella.ir.integer_operators import static_range
 from lamella.ir.ops import aten, lam
-from lamella.ir.packing import dequantize, pack
-from lamella.rewrite.canonicalize import canonicalize
+from lamella.ir.packing import dequantize
+from lamella.tuning.layers import layer, sample
 from lamella.tuning.machine import environment
 from lamella.tuning.store import Store, user_store
 
-SMALL, LARGE = 64, 1024
-"""Inputs and outputs of the layer that is checked, and of the one that is timed."""
+SMALL, LARGE, CHANNELS = (64, 64), (1024, 1024), (64, 64)
+"""Outputs and inputs of the layer that is checked, and of the one that is timed."""
 
 ROWS = 32
 """Rows of the layer that is checked."""
@@ -45,8 +42,6 @@ _VERSION = 1
 _ROUNDS = 9
 _LEAST = 1e-12
 """The store keeps positive numbers."""
-_IMAGE = {SMALL: (16, 8), LARGE: (64, 28)}
-"""Channels and size of the images that stand for a shape."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class Probe:
             return f"its results are off by {self.off:.2g}, where {most:.2g} is right"
         if not self.is_faster:
             took, floats = self.seconds * 1e3, self.dense_seconds * 1e3
-            return f"{took:.3g} ms for a layer of {LARGE} x {LARGE}, {floats:.3g} ms with floats"
+            return f"{took:.3g} ms for a large layer, {floats:.3g} ms without"
         return ""
 
 
@@ -179,7 +174,7 @@ def _run(backend: Backend, format: QuantFormat) -> tuple[float, float, float]:
 
 def _difference(backend: Backend, format: QuantFormat) -> float:
     graph = layer(format, SMALL)
-    value = _input(format.role, SMALL, ROWS)
+    value = sample(format.role, SMALL, ROWS)
     want = _only(graph(value))
     got = _only(backend.lower(graph)(value))
     if not torch.isfinite(got).all():
@@ -190,8 +185,10 @@ def _difference(backend: Backend, format: QuantFormat) -> float:
 def _call(backend: Backend, format: QuantFormat, timed: QuantFormat) -> Callable[[], object]:
     """A layer in `format`, on as many rows as tell something about the one that is timed."""
     rows = _MANY if timed.activations.startswith("int8-") and not timed.block else _ONE
-    executable = backend.lower(layer(format, LARGE))
-    return executable.repeated([_input(format.role, LARGE, rows)])
+    shape = CHANNELS if format.role == "convolution" else LARGE
+    rows = 1 if format.role == "convolution" else rows
+    executable = backend.lower(layer(format, shape))
+    return executable.repeated([sample(format.role, shape, rows)])
 
 
 def _rival(backend: Backend, format: QuantFormat) -> Callable[[], object]:
@@ -206,8 +203,8 @@ def _rival(backend: Backend, format: QuantFormat) -> Callable[[], object]:
     packed, scales = (graph.weight(graph.operand(node, name)) for name in ("packed", "scales"))
     zeros = graph.operand(node, "zero_points")
     stored = (packed, scales, None if zeros is None else graph.weight(zeros))
-    ids = _input("embedding", LARGE, _ONE)
-    return lambda: dequantize(*stored, format.bits, format.block, LARGE)[ids]
+    ids = sample("embedding", LARGE, _ONE)
+    return lambda: dequantize(*stored, format.bits, format.block, LARGE[1])[ids]
 
 
 def _floats(format: QuantFormat) -> QuantFormat:
@@ -222,104 +219,3 @@ def _floats(format: QuantFormat) -> QuantFormat:
 
 def _only(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else next(iter(value))
-
-
-# ---- layers ---------------------------------------------------------------------------------
-
-
-def layer(format: QuantFormat, size: int) -> Graph:
-    """A graph of one layer in a format, with made-up codes.
-
-    Args:
-        format: The format.
-        size: Inputs and outputs, or rows and columns of a table; what images stand for it.
-    """
-    graph = _empty(format.role, size).copy()
-    (x,) = graph.inputs
-    args = _arguments(graph, format, size)
-    if format.role == "embedding":
-        node = _looked_up(graph, format, args, size)
-    else:
-        node = graph.call(format.operator, x, *args, before=graph.output)
-    graph.set_outputs([node], graph.signature)
-    graph.finish()
-    return graph
-
-
-def _arguments(graph: Graph, format: QuantFormat, size: int) -> list[Any]:
-    """What an operator takes behind its input."""
-    generator = torch.Generator().manual_seed(size)
-
-    def integers(*shape: int, top: int) -> Tensor:
-        return torch.randint(0, top, shape, generator=generator)
-
-    def add(name: str, value: Tensor) -> Any:
-        return graph.add_weight(name, value)
-
-    if format.role == "convolution":
-        return _convolution(graph, format, size)
-    if format.bits >= 16:
-        dense = torch.randn(size, size, generator=generator) / size**0.5
-        return (
-            [add("weight", dense)] if format.role == "embedding" else [add("weight", dense), None]
-        )
-    scales = torch.rand(size, generator=generator) * 0.01 + 0.001
-    if not format.block:
-        codes = (integers(size, size, top=255) - 127).to(torch.int8)
-        rest = {"int8-row": [True], "int8-tensor": [False]}.get(format.activations)
-        last = rest if rest is not None else list(static_range(-4.0, 4.0))
-        return [add("codes", codes), add("scales", scales), None, *last]
-    blocks, top = -(-size // format.block), 1 << format.bits
-    grid = scales[:, None].expand(size, blocks).contiguous().to(format.scales or torch.float16)
-    zeros = None
-    if not format.symmetric:
-        zeros = add("zeros", pack(integers(size, blocks, top=top), format.bits))
-    packed = pack(integers(size, blocks, format.block, top=top), format.bits)
-    found = [add("packed", packed), add("scales", grid), zeros]
-    if format.role == "embedding":
-        return found
-    return [*found, None, format.bits, format.block, format.activations != "same"]
-
-
-def _convolution(graph: Graph, format: QuantFormat, size: int) -> list[Any]:
-    channels, _ = _IMAGE[size]
-    generator = torch.Generator().manual_seed(size)
-    codes = torch.randint(-127, 128, (channels, channels, 3, 3), generator=generator)
-    steps = [[1, 1], [1, 1], [1, 1], 1]
-    if format.bits == 32:
-        return [graph.add_weight("weight", codes / 2000), None, *steps]
-    scales = graph.add_weight("scales", torch.full((channels,), 1 / 2000))
-    stored = graph.add_weight("codes", codes.to(torch.int8))
-    return [stored, scales, None, *steps, *static_range(-4.0, 4.0), *static_range(-8.0, 8.0)]
-
-
-def _looked_up(graph: Graph, format: QuantFormat, args: list[Any], size: int) -> Any:
-    (ids,) = graph.inputs
-    if format.bits == 32:
-        return graph.call(aten.embedding.default, *args, ids, before=graph.output)
-    rest = (ids, format.bits, format.block, size)
-    rows = graph.call(lam.embedding_nbits.default, *args, *rest, before=graph.output)
-    return graph.call(aten.to.dtype, rows, torch.float32, before=graph.output)
-
-
-class _Same(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 1
-
-
-@functools.lru_cache(maxsize=8)
-def _empty(role: Role, size: int) -> Graph:
-    """A graph with the input of a layer, nothing done with it yet."""
-    graph = capture_module(_Same(), (_input(role, size, 3),))
-    canonicalize(graph)
-    return graph
-
-
-def _input(role: Role, size: int, rows: int) -> Tensor:
-    generator = torch.Generator().manual_seed(rows)
-    if role == "embedding":
-        return torch.randint(0, size, (rows,), generator=generator)
-    if role == "convolution":
-        channels, width = _IMAGE[size]
-        return torch.randn(min(rows, 3), channels, width, width, generator=generator)
-    return torch.randn(rows, size, generator=generator)

@@ -48,11 +48,20 @@ class _Codes:
 
 
 def linear(e: Emission, call: Call) -> ir.Value:
-    """The matrix as ``[in, out]`` with blocks along its first axis, which ONNX Runtime fuses."""
+    """The matrix as ``[in, out]`` with blocks along its first axis, which ONNX Runtime fuses.
+
+    Of a product with two axes, a bias and an activation ONNX Runtime makes a `FusedGemm` first,
+    which dequantizes in every call; with three axes it does not.
+    """
     codes = _Codes(call, int(call.fake("input").shape[-1]), int(call["bits"]), int(call["block"]))
-    product = e.op("MatMul", e.tensor(call["input"]), _matrix(e, codes, transposed=True))
-    bias = e.optional(call["bias"])
-    return product if bias is None else e.op("Add", product, bias)
+    x, bias = e.tensor(call["input"]), e.optional(call["bias"])
+    matrix = _matrix(e, codes, transposed=True)
+    if bias is None:
+        return e.op("MatMul", x, matrix)
+    if call.out.ndim != 2:
+        return e.op("Add", e.op("MatMul", x, matrix), bias)
+    product = e.op("MatMul", e.op("Unsqueeze", x, e.ints(0)), matrix)
+    return e.op("Squeeze", e.op("Add", product, bias), e.ints(0))
 
 
 def embedding(e: Emission, call: Call) -> ir.Value:
