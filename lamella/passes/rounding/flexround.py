@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lamella.ir.operators import REFERENCE
 from lamella.ir.quantize import Format, Quantized, quantize
-from lamella.ir.segments import Calls, Segment, Values
+from lamella.ir.segments import Segment, Values
 from lamella.passes.rounding.base import Rounded, Rounding
 from lamella.passes.rounding.gram import InputGram
 from lamella.passes.rounding.grid import Grid
+from lamella.passes.scores.gradients import differentiable
 from lamella.passes.sites import Site
 
 
@@ -113,7 +113,10 @@ class BlockRun:
         values = dict(self.inputs[sample])
         cast = {n: w.to(self.weights[n].dtype) for n, w in weights.items()}
         self.segment.run(
-            values, {**self.weights, **cast}, calls=_calls(self.segment), gradients=gradients
+            values,
+            {**self.weights, **cast},
+            calls=differentiable(self.segment.nodes),
+            gradients=gradients,
         )
         total: Any = 0.0
         for node in self.outputs:
@@ -163,8 +166,3 @@ class Learned:
         """A number for each block of a row as one for each entry."""
         wide = blocks.repeat_interleave(self._grid.format.block, 1)
         return wide[:, : self._weight.shape[1]]
-
-
-def _calls(segment: Segment) -> Calls:
-    """Our own operators have no derivative; their references in plain PyTorch have."""
-    return {node: REFERENCE[node.target] for node in segment.nodes if node.target in REFERENCE}

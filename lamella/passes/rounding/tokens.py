@@ -14,10 +14,10 @@ from torch.nn import functional
 from lamella.data import Samples
 from lamella.ir import ops
 from lamella.ir.graph import Graph
-from lamella.ir.operators import REFERENCE
 from lamella.ir.ops import aten
 from lamella.ir.segments import Segment, Values, program
 from lamella.passes.rounding.steps import Stage, part_of
+from lamella.passes.scores.gradients import differentiable
 from lamella.passes.scores.target import LossTarget, drawn_loss
 
 TOKENS = ("uniform", "attention", "gradient")
@@ -154,7 +154,7 @@ def gradient_norms(
         norms: dict[Node, Tensor] = {}
         values = running.start(sample)
         for segment in running.segments:
-            calls = {n: REFERENCE[n.target] for n in segment.nodes if n.target in REFERENCE}
+            calls = differentiable(segment.nodes)
             weights = segment.read_weights(graph)
             watch = _watch(found, norms)
             segment.run(values, weights, watch, calls=calls, gradients=True)
