@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lamella
 from lamella.backends.torch import kernels, lowered, wide
 from lamella.backends.torch.eager import EagerBackend
+from lamella.backends.torch.narrow import from_text
+from lamella.backends.torch.portable import WEIGHTS
 from lamella.ir.graph import Graph
 from lamella.ir.integer_operators import linear_int8_static
 from lamella.ir.operators import linear_int8, linear_nbits
@@ -141,3 +144,28 @@ def test_bfloat16_is_for_who_asks_and_said(tmp_path) -> None:
     executable.save(tmp_path / "out")
     assert torch.equal(lamella.load(tmp_path / "out")(x), executable(x))
     assert lamella.lower(graph, "eager-bfloat16")(x).equal(executable(x))
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_files_hold_narrow_codes_in_their_own_width(bits: int, symmetric: bool, tmp_path) -> None:
+    options = f"bits={bits} min_size=1 symmetric={symmetric}"
+    graph, x = graph_of([f"quantize-weights {options}"])
+    executable = EagerBackend().lower(graph)
+    executable.save(tmp_path / "out")
+    held = load_file(tmp_path / "out" / WEIGHTS)
+    # 48 rows of 2 blocks of 32.
+    assert held["0.weight_packed"].numel() == 48 * 2 * 32 * bits // 8
+    loaded = lamella.load(tmp_path / "out")
+    assert torch.equal(loaded(x), executable(x))
+    assert loaded.weight_bytes == executable.weight_bytes == graph.weight_bytes()
+    written = sum(one.stat().st_size for one in (tmp_path / "out").iterdir())
+    manifest = (tmp_path / "out" / "manifest.json").stat().st_size
+    # To within the header of the weights.
+    assert abs(written - manifest - executable.file_bytes) < 600
+
+
+def test_metadata_that_says_something_else_is_refused() -> None:
+    assert from_text("{}") == {}
+    with pytest.raises(ValueError, match="does not say how codes are stored"):
+        from_text('{"a": 3}')

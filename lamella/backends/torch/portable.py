@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
 from lamella.backends.base import tensor_bytes
 from lamella.backends.inputs import InputSpec, specs_from_json, specs_of
 from lamella.backends.torch.graph_json import graph_to_json, module_from_json
+from lamella.backends.torch.narrow import KEY, Narrow, bytes_of, find_narrow, from_text, to_text
 from lamella.errors import ArtifactError
 from lamella.ir.graph import Graph
 
@@ -55,7 +56,7 @@ class Portable:
         """
         try:
             data = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
-            weights = safetensors.torch.load_file(folder / WEIGHTS)
+            weights = _read_weights(folder / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             raise ArtifactError(f"{str(folder)!r} can't be read ({error})") from error
         if not isinstance(data, dict) or not {"inputs", "graph"} <= set(data):
@@ -65,7 +66,10 @@ class Portable:
     def write(self, folder: Path) -> None:
         """Write the text of the graph and the weights as safetensors."""
         (folder / GRAPH).write_text(self._text, encoding="utf-8")
-        safetensors.torch.save_file(dict(self.weights), folder / WEIGHTS)
+        narrow = self._narrow
+        stored = {n: narrow[n].stored(w) if n in narrow else w for n, w in self.weights.items()}
+        metadata = {KEY: to_text(narrow)} if narrow else None
+        safetensors.torch.save_file(stored, folder / WEIGHTS, metadata)
 
     def module(self) -> fx.GraphModule:
         """A new fx module that shares the weights.
@@ -83,12 +87,30 @@ class Portable:
     @property
     def file_bytes(self) -> int:
         """Bytes that `write` writes, to within the header of the weights."""
-        return self.weight_bytes + len(self._text.encode()) + 100 * len(self.weights)
+        stored = bytes_of(self.weights, self._narrow)
+        return stored + len(self._text.encode()) + 100 * len(self.weights)
+
+    @cached_property
+    def _narrow(self) -> Mapping[str, Narrow]:
+        """The weights that a file holds in fewer bits than memory."""
+        return find_narrow(self.nodes, self.weights)
 
     @cached_property
     def _text(self) -> str:
         inputs = [spec.to_json() for spec in self.inputs]
         return json.dumps({"inputs": inputs, "graph": self.nodes})
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a file, as the kernels read them."""
+    weights = safetensors.torch.load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    for name, narrow in from_text(metadata.get(KEY, "{}")).items():
+        if name not in weights:
+            raise ValueError(f"it has no weight {name!r}")
+        weights[name] = narrow.packed(weights[name])
+    return weights
 
 
 def _weights_of(graph: Graph) -> dict[str, Tensor]:
