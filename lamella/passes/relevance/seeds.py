@@ -2,13 +2,11 @@
 
 A seed is a plain tensor function of the output ``[batch, …, classes]``; positions between batch
 and classes count all unless one is chosen. Relevance is linear in the seed.
-
-References:
-    `methods/relevance.md`, section 6.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +21,25 @@ Index = int | None
 """A class; None means the label of the row, or the largest class where there are no labels."""
 
 
+class Placed(ABC):
+    """A seed for one place of a sequence, or for all places."""
+
+    position: int | None
+
+    @abstractmethod
+    def everywhere(self, output: Any, label: Any) -> Any:
+        """The coefficient at all places."""
+
+    def __call__(self, output: Any, label: Any = None) -> Any:
+        """The coefficient of `output`; with zeros but at the place, if one is chosen."""
+        found = self.everywhere(output, label)
+        if self.position is None or found.ndim < 3:
+            return found
+        return _kept(found, 1, self.position)
+
+
 @dataclass(frozen=True)
-class Logit:
+class Logit(Placed):
     """The logit of one class: the relevance sums up to it.
 
     Attributes:
@@ -35,13 +50,13 @@ class Logit:
     index: Index = None
     position: int | None = None
 
-    def __call__(self, output: Any, label: Any = None) -> Any:
+    def everywhere(self, output: Any, label: Any) -> Any:
         """One for the class, else zero."""
-        return _only(one_hot(output, self.index, label), self.position)
+        return one_hot(output, self.index, label)
 
 
 @dataclass(frozen=True)
-class Contrastive:
+class Contrastive(Placed):
     """A logit against the mean of all: 1 for the class, ``-1/N`` for the others.
 
     Attributes:
@@ -52,15 +67,15 @@ class Contrastive:
     index: Index = None
     position: int | None = None
 
-    def __call__(self, output: Any, label: Any = None) -> Any:
+    def everywhere(self, output: Any, label: Any) -> Any:
         """``1`` and ``-1/N`` with the number of classes `N`."""
         chosen = one_hot(output, self.index, label)
         share = 1.0 / int(output.shape[-1])
-        return _only(chosen * (1.0 + share) - share, self.position)
+        return chosen * (1.0 + share) - share
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Placed):
     """The difference of two logits.
 
     Attributes:
@@ -73,14 +88,13 @@ class Difference:
     second: int
     position: int | None = None
 
-    def __call__(self, output: Any, label: Any = None) -> Any:
+    def everywhere(self, output: Any, label: Any) -> Any:
         """``1`` and ``-1``."""
-        found = one_hot(output, self.first) - one_hot(output, self.second)
-        return _only(found, self.position)
+        return one_hot(output, self.first) - one_hot(output, self.second)
 
 
 @dataclass(frozen=True)
-class SoftmaxGradient:
+class SoftmaxGradient(Placed):
     """The gradient of a probability: ``p_c (1 - p_c)`` for the class, ``-p_c p_k`` for others.
 
     Attributes:
@@ -91,12 +105,12 @@ class SoftmaxGradient:
     index: Index = None
     position: int | None = None
 
-    def __call__(self, output: Any, label: Any = None) -> Any:
+    def everywhere(self, output: Any, label: Any) -> Any:
         """``p_c (1_c - p)``."""
         chosen = one_hot(output, self.index, label)
         shares = aten.softmax.int(output, -1)
         of_class = aten.sum.dim_IntList(shares * chosen, [-1], True)
-        return _only((chosen - shares) * of_class, self.position)
+        return (chosen - shares) * of_class
 
 
 @dataclass(frozen=True)
@@ -134,11 +148,6 @@ def one_hot(output: Any, index: Index, label: Any = None) -> Any:
     classes = aten.arange.start_step(0, output.shape[-1], 1, dtype=torch.int64)
     rows = aten.reshape.default(label, [-1, *[1] * (output.ndim - 1)])
     return aten.where.ScalarOther(aten.eq.Tensor(rows, classes), ones, 0.0)
-
-
-def _only(seed: Any, position: int | None) -> Any:
-    """`seed` at one place of the second axis, if there is one between batch and classes."""
-    return seed if position is None or seed.ndim < 3 else _kept(seed, 1, position)
 
 
 def _kept(value: Any, axis: int, place: int) -> Any:

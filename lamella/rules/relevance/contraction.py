@@ -1,7 +1,7 @@
 """Linear layers and convolutions with constant weights: the adjoint, and the epsilon rule.
 
 References:
-    [Bach2015], equation 58, divided by the input; `methods/relevance.md`, section 2.
+    [Bach2015], equation 58, divided by the input.
 """
 
 from __future__ import annotations

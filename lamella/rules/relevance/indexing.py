@@ -1,8 +1,4 @@
-"""Reading and writing by index: what was read twice gets the sum.
-
-References:
-    `methods/relevance.md`, sections 3.1 and 3.2.
-"""
+"""Reading and writing by index: what was read twice gets the sum."""
 
 from __future__ import annotations
 

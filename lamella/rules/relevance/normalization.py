@@ -4,7 +4,7 @@ Plain gradients through a norm return a total near zero: it does not change when
 grows. Holding the divisor fixed makes a norm linear.
 
 References:
-    [Ali2022].2 (the rule for layer norm); `methods/relevance.md`, section 3.6.
+    [Ali2022] (the rule for layer norm).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lamella.ir.ops import aten
-from lamella.rules.relevance.broadcast import full_like, product_of, sum_to
+from lamella.rules.relevance.broadcast import product_of, sum_to
 from lamella.rules.relevance.rule import Coefficients, Rule
 
 
@@ -35,8 +35,7 @@ def layer_norm(whole: bool) -> Rule:
         *rest: Any,
     ) -> Coefficients:
         axes = list(range(input.ndim - len(normalized_shape), input.ndim))
-        scaled = coefficient if weight is None else coefficient * weight
-        found = _centred(scaled, input, axes, eps, whole=whole)
+        found = _centred(_weighted(coefficient, weight), input, axes, eps, whole=whole)
         of_bias = None if bias is None else sum_to(coefficient, bias)
         return (found, None, None, of_bias, None, *(None,) * len(rest))
 
@@ -58,9 +57,8 @@ def group_norm(whole: bool) -> Rule:
     ) -> Coefficients:
         shape, channels = list(input.shape), int(input.shape[1])
         grouped = [shape[0], num_groups, (channels // num_groups) * product_of(shape[2:])]
-        scaled = coefficient
-        if weight is not None:
-            scaled = scaled * _per_channel(weight, input.ndim)
+        scales = None if weight is None else _per_channel(weight, input.ndim)
+        scaled = _weighted(coefficient, scales)
         rows = aten.reshape.default(input, grouped)
         found = _centred(aten.reshape.default(scaled, grouped), rows, [2], eps, whole=whole)
         of_bias = None
@@ -86,13 +84,8 @@ def rms_norm(whole: bool) -> Rule:
     ) -> Coefficients:
         axes = list(range(input.ndim - len(normalized_shape), input.ndim))
         small = torch.finfo(input.dtype).eps if eps is None else eps
-        mean = aten.mean.dim(input * input, axes, True)
-        inverse = aten.rsqrt.default(mean + small)
-        scaled = coefficient if weight is None else coefficient * weight
-        if whole:
-            unit = input * inverse
-            scaled = scaled - unit * aten.mean.dim(scaled * unit, axes, True)
-        return scaled * inverse, None, None, None
+        found = _normed(_weighted(coefficient, weight), input, axes, small, whole=whole)
+        return found, None, None, None
 
     return rule
 
@@ -111,47 +104,31 @@ def batch_norm(  # noqa: PLR0913  (the arguments of the operator)
     cudnn_enabled: bool,
 ) -> Coefficients:
     """Statistics are constants: a factor and an offset for each channel."""
-    factor = aten.rsqrt.default(running_var + eps)
-    if weight is not None:
-        factor = factor * weight
+    factor = _weighted(aten.rsqrt.default(running_var + eps), weight)
     found = coefficient * _per_channel(factor, input.ndim)
     return (found, *(None,) * 8)
 
 
 def _centred(scaled: Any, input: Any, axes: list[int], eps: float, *, whole: bool) -> Any:
+    """Through the norm of what is left of `input` without its mean."""
     # `aten.var` takes several times as long as the means of values and of squares.
     offset = input - aten.mean.dim(input, axes, True)
-    inverse = aten.rsqrt.default(aten.mean.dim(offset * offset, axes, True) + eps)
     centred = scaled - aten.mean.dim(scaled, axes, True)
+    return _normed(centred, offset, axes, eps, whole=whole)
+
+
+def _normed(scaled: Any, input: Any, axes: list[int], eps: float, *, whole: bool) -> Any:
+    """Through ``x / sqrt(mean x^2 + eps)``, whose root is held fixed unless `whole`."""
+    inverse = aten.rsqrt.default(aten.mean.dim(input * input, axes, True) + eps)
     if whole:
-        unit = offset * inverse
-        centred = centred - unit * aten.mean.dim(scaled * unit, axes, True)
-    return centred * inverse
+        unit = input * inverse
+        scaled = scaled - unit * aten.mean.dim(scaled * unit, axes, True)
+    return scaled * inverse
+
+
+def _weighted(coefficient: Any, weight: Any) -> Any:
+    return coefficient if weight is None else coefficient * weight
 
 
 def _per_channel(values: Any, rank: int) -> Any:
     return aten.reshape.default(values, [1, int(values.shape[0]), *[1] * (rank - 2)])
-
-
-def variance(half: bool) -> Rule:
-    """Degree two: the adjoint, or half of it."""
-
-    def rule(
-        coefficient: Any,
-        output: Any,
-        self: Any,
-        dim: Any = None,
-        correction: Any = None,
-        keepdim: bool = False,
-    ) -> Coefficients:
-        axes = list(range(self.ndim)) if dim is None else [axis % self.ndim for axis in dim]
-        count = product_of([self.shape[axis] for axis in axes])
-        centred = self - aten.mean.dim(self, axes, True)
-        if not keepdim:
-            for axis in sorted(axes):
-                coefficient = aten.unsqueeze.default(coefficient, axis)
-        less = 1 if correction is None else correction
-        factor = full_like(coefficient, 1.0 if half else 2.0) / (count - less)
-        return centred * (coefficient * factor), None, None, None
-
-    return rule

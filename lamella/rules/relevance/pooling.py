@@ -1,8 +1,4 @@
-"""Pooling and resizing.
-
-References:
-    `methods/relevance.md`, sections 3.1 and 3.2.
-"""
+"""Pooling and resizing."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A preset is a table from operators to rules, and a function that may choose anot
 place. Users make their own with `Preset.where` or from a table of their own.
 
 References:
-    `methods/relevance.md`, section 5.
+    [Bach2015], [Montavon2019], [Ali2022], [Achtibat2024], [Jafari2024], [Jafari2025].
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ _CONSERVING: Mapping[Target, Entry] = MappingProxyType(
         **_norms(whole=False),
         aten.div.Tensor: products.divide,
         aten.softmax.int: softmax,
-        # Step sizes and both projections are held fixed in every preset but the gradient: the
-        # card leaves open what else to do for others than MambaLRP.
+        # Step sizes and both projections are held fixed in every preset but the gradient, as in
+        # MambaLRP; no paper says what else to do.
         lam.selective_scan.default: selective_scan(whole=False),
         lam.head_scan.default: head_scan(whole=False),
     }
@@ -243,7 +243,7 @@ References:
 def gamma(convolution: float = 0.25, linear: float = 0.05) -> Preset:
     """Positive contributions count more, in convolutions and linear layers; the rest as `cp`.
 
-    The card leaves the two factors open: 0.25 and 0.05 are from the grid of its sources.
+    Papers choose the two factors on their data; 0.25 and 0.05 are within the grids they search.
 
     Raises:
         ValueError: A factor is negative.

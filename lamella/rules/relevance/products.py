@@ -5,7 +5,7 @@ factor is chosen is a `Shares` function; the shares of a product of `n` signals 
 however the product is associated.
 
 References:
-    `methods/relevance.md`, sections 3.3, 3.7 and 4.
+    [Achtibat2024] (halves), [Ali2022] (gates), [Jafari2024] (state-space layers).
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Sums, means, extrema and norms over axes.
-
-References:
-    `methods/relevance.md`, sections 3.1 to 3.3.
-"""
+"""Sums, means, extrema and norms over axes."""
 
 from __future__ import annotations
 
@@ -11,8 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lamella.ir.ops import aten
-from lamella.rules.relevance.broadcast import axes_of, product_of, ratio, times
-from lamella.rules.relevance.normalization import variance
+from lamella.rules.relevance.broadcast import axes_of, full_like, product_of, ratio, times
 from lamella.rules.relevance.rule import Coefficients, Rule, nothing
 
 Target = Callable[..., Any]
@@ -101,6 +96,28 @@ def vector_norm(  # noqa: PLR0913  (the arguments of the operator)
         size = aten.pow.Tensor_Scalar(aten.abs.default(share), float(ord) - 1)
         share = aten.sign.default(self) * size
     return (share * _widened(times(coefficient, 1.0), axes, keepdim), *(None,) * 4)
+
+
+def variance(half: bool) -> Rule:
+    """Degree two: the adjoint, or half of it."""
+
+    def rule(
+        coefficient: Any,
+        output: Any,
+        self: Any,
+        dim: Any = None,
+        correction: Any = None,
+        keepdim: bool = False,
+    ) -> Coefficients:
+        axes = axes_of(dim, self.ndim)
+        count = product_of([self.shape[axis] for axis in axes])
+        centred = self - aten.mean.dim(self, axes, True)
+        wide = _widened(coefficient, axes, keepdim)
+        less = 1 if correction is None else correction
+        factor = full_like(wide, 1.0 if half else 2.0) / (count - less)
+        return centred * (wide * factor), None, None, None
+
+    return rule
 
 
 REDUCTIONS: Mapping[Target, Rule] = MappingProxyType(

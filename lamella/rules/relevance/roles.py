@@ -1,8 +1,4 @@
-"""What each value of a graph is for: the rules of products and divisions follow from it.
-
-References:
-    `methods/relevance.md`, section 4.
-"""
+"""What each value of a graph is for: the rules of products and divisions follow from it."""
 
 from __future__ import annotations
 

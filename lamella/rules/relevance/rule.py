@@ -9,7 +9,7 @@ An operator with several results has a tuple of coefficients and of outputs; wha
 has the coefficient zero.
 
 References:
-    `methods/relevance.md`, section 1.
+    [Bach2015]; in the form of gradients with other slopes, [Achtibat2024].
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rotary embedding and state-space scans.
 
 References:
-    [Jafari2024] (MambaLRP); `methods/relevance.md`, section 3.8.
+    [Jafari2024] (MambaLRP).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from lamella.ir.ops import aten, lam
-from lamella.rules.relevance.broadcast import times
 from lamella.rules.relevance.rule import Coefficients, Rule
 
 
@@ -34,23 +33,23 @@ def selective_scan(whole: bool) -> Rule:
         steps = _by_state(delta)
         rate = _of_states(a)
         decay = aten.exp.default(steps * rate)
-        gains = _by_channel(c)
-        adjoint = _reversed_scan(decay, _by_state(coefficient) * gains)
-        drives = _by_channel(b)
+        drives, gains = _by_channel(b), _by_channel(c)
+        inflow = _by_state(coefficient)
+        adjoint = _reversed_scan(decay, inflow * gains)
         reached = aten.sum.dim_IntList(adjoint * drives, [3])
         found = reached * delta
         if not whole:
             return found, None, None, None, None
-        update = _by_state(delta * input) * drives
-        states = lam.linear_scan.default(decay, update)
-        before = _shifted(states)
-        of_decay = adjoint * before * decay
+        moved = _by_state(delta * input)
+        states = lam.linear_scan.default(decay, moved * drives)
+        of_decay = adjoint * _shifted(states) * decay
         of_delta = aten.sum.dim_IntList(of_decay * rate, [3]) + reached * input
         of_a = aten.sum.dim_IntList(of_decay * steps, [0, 2])
-        driven = adjoint * _by_state(delta * input)
-        of_b = aten.transpose.int(aten.sum.dim_IntList(driven, [1]), 1, 2)
-        read = _by_state(coefficient) * states
-        of_c = aten.transpose.int(aten.sum.dim_IntList(read, [1]), 1, 2)
+        driven = adjoint * moved
+        read = inflow * states
+        of_b, of_c = (
+            aten.transpose.int(aten.sum.dim_IntList(value, [1]), 1, 2) for value in (driven, read)
+        )
         return found, of_delta, of_a, of_b, of_c
 
     return rule
@@ -80,7 +79,7 @@ def _reversed_scan(decay: Any, update: Any) -> Any:
 
 def _shifted(states: Any) -> Any:
     """The state before each step; zero before the first."""
-    return aten.pad.default(times(states, 1.0), [0, 0, 1, -1])
+    return aten.pad.default(states, [0, 0, 1, -1])
 
 
 def head_scan(whole: bool) -> Rule:

@@ -6,7 +6,7 @@ Closed forms avoid the division where there are some. Homogeneous functions of d
 ``f'(x) / k``, which is the secant.
 
 References:
-    `methods/relevance.md`, sections 3.3 to 3.5.
+    [Achtibat2024] (the identity rule).
 """
 
 from __future__ import annotations

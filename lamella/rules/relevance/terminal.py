@@ -1,7 +1,7 @@
 """Rules for the first layer, which give relevance of an input of the model, no coefficient.
 
 References:
-    [Montavon2017] (z^B and w^2), [Bach2015] (flat); `methods/relevance.md`, section 2.3.
+    [Montavon2017] (z^B and w^2), [Bach2015] (flat).
 """
 
 from __future__ import annotations

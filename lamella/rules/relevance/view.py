@@ -1,8 +1,4 @@
-"""Adjoints of operators that move, repeat, cut and join values: exact in every preset.
-
-References:
-    `methods/relevance.md`, section 3.1.
-"""
+"""Adjoints of operators that move, repeat, cut and join values: exact in every preset."""
 
 from __future__ import annotations
 
