@@ -20,6 +20,7 @@ from lamella.errors import PassError, SamplesError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
 from lamella.ir.quantize import Format, quantize
+from lamella.ir.stored_plan import stored_plan
 from lamella.passes.base import Analyses
 from lamella.passes.rounding.gptq import Gptq
 from lamella.passes.rounding.gram import InputGram
@@ -126,6 +127,17 @@ def test_the_output_is_closer_than_with_rounding_to_nearest():
     assert errors["gptq"] < 0.8 * errors["rtn"]
     assert errors["quantease"] < errors["gptq"]
     assert errors["flexround"] < 0.9 * errors["rtn"]
+
+
+def test_the_plan_of_the_graph_names_the_method():
+    graph = mlp()
+    run(graph, samples(), bits=4, method="quantease")
+    plan = stored_plan(graph)
+    assert {entry.quantizer for entry in plan.entries.values()} == {"quantease"}
+    assert len(plan.entries) == 2 * BLOCKS
+    plain = mlp()
+    run(plain, None, bits=4)
+    assert {entry.quantizer for entry in stored_plan(plain).entries.values()} == {"rtn"}
 
 
 def test_learning_lowers_the_loss_of_blocks():
@@ -274,7 +286,7 @@ def test_a_broken_weight_is_named(method):
     ("options", "message"),
     [
         ({"method": "gtpq"}, "method must be one of .*did you mean 'gptq'"),
-        ({"sweeps": 3}, "method=rtn takes no option sweeps; it is one of quantease"),
+        ({"sweeps": 5}, "method=rtn takes no option sweeps; it is one of quantease"),
         ({"method": "gptq", "outliers": 0.01}, "takes no option outliers"),
         ({"method": "gptq", "by_inputs": True}, "takes no option by_inputs"),
         ({"method": "gptq", "damping": -1.0}, r"damping must be in \[0, 1\]"),

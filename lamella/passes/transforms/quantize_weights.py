@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,12 +15,14 @@ from lamella.data import Samples
 from lamella.errors import PassError, SamplesError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten
+from lamella.ir.plan import Plan, PlanEntry
 from lamella.ir.quantize import (
     BITS,
     SCALE_DTYPES,
     Format,
     integers,
     quantize,
+    weight_bytes,
     wider_kernels,
 )
 from lamella.ir.reducers import MeanSquare
@@ -207,6 +209,9 @@ class QuantizeWeights(Transform):
         rounded = chain.run()
         tell(chain.notes, analyses, None if self.method == "flexround" else self.damping)
         _tell_dense(rounded, analyses)
+        nearest = {name for names in chain.notes.nearest.values() for name in names}
+        coded = {s: formats[s] for s, one in rounded.items() if one.codes is not None}
+        _write_down(graph, {s: f for s, f in coded.items() if s.weight not in nearest}, self.method)
         return rounded
 
     def _token_weights(
@@ -279,6 +284,18 @@ def _samples(method: str, analyses: Analyses) -> Samples:
             f"pass samples=, an iterable of input dicts, or use method=rtn"
         )
     return analyses.samples
+
+
+def _write_down(graph: Graph, formats: Mapping[Site, Format], method: str) -> None:
+    """Put the method into the plan that is written beside the model."""
+    made = graph.plan_made or Plan({})
+    entries = dict(made.entries)
+    for site, format in formats.items():
+        known = entries.get(site.weight)
+        if known is None or known.format != format:
+            known = PlanEntry(format, site.shape, weight_bytes(site.shape, format))
+        entries[site.weight] = replace(known, quantizer=method)
+    graph.plan_made = Plan(entries, made.origin)
 
 
 def _tell_others(files: BlockFiles, analyses: Analyses) -> None:
