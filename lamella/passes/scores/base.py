@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from lamella.ir.quantize import Format
 from lamella.passes.base import Analysis
+from lamella.passes.scores.interactions import Interactions
 
 Level = Literal["block", "sublayer"]
 Meaning = Literal["important", "dispensable", "sensitive"]
@@ -58,6 +59,7 @@ class BitScoreReport:
             that order but do not predict.
         measured: Whether every loss was measured rather than estimated.
         remarks: What was estimated another way, and why.
+        interactions: What several weights lose together, where the score knows.
     """
 
     by: str
@@ -65,6 +67,7 @@ class BitScoreReport:
     unit: str
     measured: bool = False
     remarks: tuple[str, ...] = ()
+    interactions: Interactions | None = field(default=None, compare=False, repr=False)
 
     @property
     def higher_means(self) -> Meaning:

@@ -17,6 +17,7 @@ from lamella.ir.quantize import Format, dequantized
 from lamella.passes.base import Analyses
 from lamella.passes.scores.base import BitScore, BitScoreReport, finite
 from lamella.passes.scores.gradients import GradientRun, Watcher
+from lamella.passes.scores.interactions import Interactions
 from lamella.passes.scores.output_gradients import Draws, OutputGradients, Taps
 from lamella.passes.scores.target import loss_target
 from lamella.passes.sites import Site, find_sites
@@ -78,20 +79,25 @@ class Fisher(BitScore):
         samples = analyses.need_samples()
         target = loss_target(graph)
         rounded = tuple(f for f in self.formats if f.bits != 32)
-        losses: dict[str, dict[Format, float]] = {}
         taps, tokens = Taps(), 0
+        projections: dict[str, dict[Format, Tensor]] = {}
+        rounding: dict[str, dict[Format, float]] = {}
         for sites in groups_in_memory(find_sites(graph), len(rounded)):
             effects = _Effects(graph, sites, rounded, int8_activations=self.int8_activations)
             found = GradientRun(graph, target, sites, [effects, taps])
             self._draws().run(found, target, samples)
             tokens = found.tokens
             for site in sites:
-                loss = dict(zip(rounded, effects.losses(site, tokens), strict=True))
-                losses[site.weight] = {
-                    f: finite(loss.get(f, 0.0), site.weight) for f in self.formats
-                }
-        analyses.supply(OutputGradients(self.sequences, self.draws, self.seed), taps.report(tokens))
-        return BitScoreReport(self.name, losses, target.unit)
+                projections[site.weight] = effects.projections(site, tokens)
+                rounding[site.weight] = effects.rounding(site, tokens)
+        asked = OutputGradients(self.sequences, self.draws, self.seed)
+        analyses.supply(asked, taps.report(tokens))
+        together = Interactions(projections, rounding)
+        losses = {
+            name: {f: finite(together.loss({name: f}), name) for f in self.formats}
+            for name in projections
+        }
+        return BitScoreReport(self.name, losses, target.unit, interactions=together)
 
     def _draws(self) -> Draws:
         return Draws(self.sequences, self.draws, self.seed)
@@ -113,7 +119,7 @@ def groups_in_memory(sites: Sequence[Site], formats: int) -> Iterator[list[Site]
 
 
 class _Effects(Watcher):
-    """Projects gradients on the errors of some weights: adds up ``<G, D>^2``."""
+    """Projects gradients on the errors of some weights: ``<G, D>`` for each loss."""
 
     def __init__(
         self,
@@ -133,8 +139,8 @@ class _Effects(Watcher):
             errors = [dequantized(weight, f) - weight for f in formats]
             self._errors[site.weight] = torch.stack(errors) if errors else weight[None][:0]
         none = torch.zeros(len(formats), dtype=torch.float64)
-        self._projected: dict[str, Tensor] = {}
-        self._squares = dict.fromkeys(self._errors, none)
+        self._running = dict.fromkeys(self._errors, none)
+        self._projections: dict[str, list[Tensor]] = {name: [] for name in self._errors}
         self._rounding = dict.fromkeys(self._errors, none)
 
     def outputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
@@ -145,25 +151,31 @@ class _Effects(Watcher):
             found = torch.einsum("ftk,tk->f", errors[:, read], gradient)
         else:
             found = errors.flatten(1) @ (gradient.t() @ read.float()).flatten()
-        self._projected[name] = self._projected.get(name, 0) + found.double()
+        self._running[name] = self._running[name] + found.double()
 
     def inputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
         """Add what rounding the input does, entry by entry."""
         by_block = {block: _rounded(read, gradient, block) for block in self._blocks}
         if by_block:
             added = torch.tensor([by_block[f.block] for f in self._formats], dtype=torch.float64)
-            self._rounding[self._site_of[reader]] = self._rounding[self._site_of[reader]] + added
+            name = self._site_of[reader]
+            self._rounding[name] = self._rounding[name] + added
 
     def finish(self) -> None:
-        """The gradient of one loss is complete: its projections are squared."""
-        for name, projected in self._projected.items():
-            self._squares[name] = self._squares[name] + projected.square()
-        self._projected.clear()
+        """The gradient of one loss is complete."""
+        for name, projected in self._running.items():
+            self._projections[name].append(projected)
+            self._running[name] = torch.zeros_like(projected)
 
-    def losses(self, site: Site, tokens: int) -> list[float]:
-        """The loss per token in each format; 0 where no gradient reaches the weight."""
-        total = self._squares[site.weight] + self._rounding[site.weight]
-        return (0.5 / max(tokens, 1) * total).tolist()
+    def projections(self, site: Site, tokens: int) -> dict[Format, Tensor]:
+        """For each format ``[draws]``, with a loss per token as the sum of squares."""
+        found = torch.stack(self._projections[site.weight]) * (0.5 / max(tokens, 1)) ** 0.5
+        return dict(zip(self._formats, found.unbind(1), strict=True))
+
+    def rounding(self, site: Site, tokens: int) -> dict[Format, float]:
+        """The loss per token of the rounding of inputs, in each format."""
+        found = self._rounding[site.weight] * (0.5 / max(tokens, 1))
+        return dict(zip(self._formats, found.tolist(), strict=True))
 
 
 def _rounded(read: Tensor, gradient: Tensor, block: int) -> float:
