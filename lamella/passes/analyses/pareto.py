@@ -10,6 +10,7 @@ from lamella.ir.graph import Graph
 from lamella.ir.plan import Plan
 from lamella.passes.allocation.budget import Budget
 from lamella.passes.allocation.choices import Menu, formats_of
+from lamella.passes.allocation.joint import solved_together
 from lamella.passes.allocation.knapsack import cheapest
 from lamella.passes.allocation.outcome import fingerprint_of, origin_of, plan_of_solution
 from lamella.passes.allocation.pricing import Pricing, bytes_of, model_of, pricings_of
@@ -18,6 +19,7 @@ from lamella.passes.analyses.latency import check_sizes
 from lamella.passes.base import Analyses, Analysis
 from lamella.passes.scores import bit_score
 from lamella.passes.scores.base import BitScoreReport
+from lamella.passes.scores.interactions import Interactions
 from lamella.passes.scores.target import first_sequences
 from lamella.passes.sites import Role, find_sites, tie_groups
 from lamella.passes.times import Workload
@@ -143,20 +145,21 @@ class Pareto(Analysis[ParetoReport]):
         if self.measure and analyses.samples is not None:
             trials = Trials(graph, first_sequences(analyses.samples, _SEQUENCES))
         drawn = _Drawing(graph, scores, trials, fingerprint_of(graph))
-        front = _front(problem, self.points)
+        front = _front(problem, self.points, scores.interactions)
         return ParetoReport(self.by, scores.unit, tuple(map(drawn.point, front)))
 
     def _menu(self) -> Menu:
         return Menu(formats_of(self.choices, self.block, self.symmetric, self.scales), _FLOORS)
 
 
-def _front(problem: Problem, points: int) -> list[Solution]:
+def _front(problem: Problem, points: int, interactions: Interactions | None) -> list[Solution]:
     """The distinct solutions of evenly spaced budgets, the cheapest first."""
     options = problem.options
     least = cheapest(options)
     most = sum(min(o, key=lambda one: (one.loss, one.price)).price for o in options)
     rooms = [least + (most - least) * step // (points - 1) for step in range(points)]
-    found = [problem.solve(room) for room in dict.fromkeys(rooms)]
+    alone = [(room, problem.solve(room)) for room in dict.fromkeys(rooms)]
+    found = [solved_together(one, interactions, room) for room, one in alone]
     kept: list[Solution] = []
     for one in found:
         if not kept or one.loss < kept[-1].loss:

@@ -12,6 +12,7 @@ from lamella.ir.graph import Graph
 from lamella.passes.allocation.anchoring import settled_on
 from lamella.passes.allocation.budget import Budget
 from lamella.passes.allocation.choices import Menu, formats_of
+from lamella.passes.allocation.joint import solved_together
 from lamella.passes.allocation.outcome import (
     fingerprint_of,
     origin_of,
@@ -129,7 +130,8 @@ class AllocateBits(Transform):
         pricings = pricings_of(self._budgets(), graph, choices, analyses, call)
         check(pricings, choices)
         scores = analyses.get(bit_score(self.by, menu.formats, seed=self.seed))
-        solution = Problem.of(choices, pricings, scores.losses).solve()
+        alone = Problem.of(choices, pricings, scores.losses).solve()
+        solution = solved_together(alone, scores.interactions)
         settled = settled_on(solution, graph, analyses, scores.unit) if self.measure else None
         final = solution if settled is None else settled.solution
         graph.plan = final.plan
