@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from lamella import api
 from lamella.backends.inputs import check_inputs, specs_of
 from lamella.errors import SamplesError
-from lamella.explanation.finite import check_finite
+from lamella.explanation.finite import check_entries, check_finite
 from lamella.explanation.result import Explanation, Ledger
 from lamella.explanation.targets import (
     Start,
     Target,
     at_last_seen,
+    check_place,
     check_seed,
     hides_the_last,
     masks_of,
@@ -170,7 +171,10 @@ def _run(
 ) -> dict[str, Tensor]:
     """What the relevance graph gives."""
     seed = {} if start.tensor is None else {SEED: start.tensor}
+    check_entries(graph, given)
     found: dict[str, Tensor] = made(**given, **seed)
+    name = graph.signature.outputs[0]
+    check_place(start, name, found[name])
     check_finite(found, graph, given)
     return found
 

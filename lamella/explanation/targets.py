@@ -27,12 +27,14 @@ class Start:
         seed: Computes the coefficient from the output; None takes `tensor`.
         tensor: The coefficient, of the shape of the output.
         label: The class, where the place in a sequence is still to be found.
+        index: The index, where it is one.
     """
 
     text: str
     seed: Seed | None = None
     tensor: Tensor | None = None
     label: int | None = None
+    index: tuple[int, ...] = ()
 
 
 def start_of(target: Target, graph: Graph, tokenizer: Callable[..., Any] | None) -> Start:
@@ -63,24 +65,44 @@ def _at(index: tuple[int, ...], name: str, value: Tensor) -> Start:
         raise SamplesError(
             f"target {index} has {len(index)} axes where output {name!r} has {value.ndim}"
         )
-    sizes: list[object] = list(value.shape)
+    if not all(type(place) is int for place in index):
+        raise SamplesError(f"target {index} is no index: it takes whole numbers")
+    _check_index(index, name, list(value.shape))
+    return Start(f"{name}[{', '.join(map(str, index))}]", At(index), index=index)
+
+
+def _check_index(index: tuple[int, ...], name: str, sizes: list[object]) -> None:
+    """Sizes that vary are checked when they are known."""
     for axis, (place, size) in enumerate(zip(index, sizes, strict=False)):
         if isinstance(size, int) and not -size <= place < size:
             raise SamplesError(
                 f"target {index} is no index into output {name!r}: axis {axis} has size {size}"
             )
-    return Start(f"{name}[{', '.join(map(str, index))}]", At(index))
+
+
+def check_place(start: Start, name: str, output: Tensor) -> None:
+    """Refuse an index that the output of these inputs does not have.
+
+    Raises:
+        SamplesError: The place is outside of it.
+    """
+    if start.index:
+        _check_index(start.index, name, list(output.shape))
 
 
 def _of_class(label: int, text: str, value: Tensor) -> Start:
     """A class of every row; in a sequence that of the last token, or of a word elsewhere."""
+    _check_class(label, text, value)
+    if value.ndim == 3:
+        return Start(f"{text} at the last token", Logit(label, position=-1), label=label)
+    return Start(text, Logit(label))
+
+
+def _check_class(label: int, text: str, value: Tensor) -> None:
     sizes: list[object] = list(value.shape)
     size = sizes[-1]
     if isinstance(size, int) and not -size <= label < size:
         raise SamplesError(f"{text} does not exist: there are {size}")
-    if value.ndim == 3:
-        return Start(f"{text} at the last token", Logit(label, position=-1), label=label)
-    return Start(text, Logit(label))
 
 
 def _named(text: str, graph: Graph, tokenizer: Callable[..., Any] | None) -> Start:
@@ -94,6 +116,8 @@ def _named(text: str, graph: Graph, tokenizer: Callable[..., Any] | None) -> Sta
             seed = parse_seed(text, -1 if value.ndim == 3 else None)
         except ValueError as error:
             raise SamplesError(str(error)) from error
+        for label in text.partition(":")[2].split(",") if ":" in text else ():
+            _check_class(int(label), f"class {label.strip()} of {text!r}", value)
         return Start(text + " at the last token" * (value.ndim == 3), seed)
     word = _token(text, tokenizer)
     if word is not None and value.ndim == 3:

@@ -153,8 +153,12 @@ def test_pixels_of_one_image_sum_up_without_biases():
     [
         ((0, -1, 64), "axis 2 has size 64"),
         ((0, 0, 0, 0), "4 axes"),
+        ((0, 5, 17), "axis 1 has size 5"),
+        ((1, -1, 17), "axis 0 has size 1"),
+        ((0, 0.5, 17), "whole numbers"),
         (64, "there are 64"),
         ("contrastive:3,4,5", "names its classes wrong"),
+        ("difference:3,99", "class 99 of 'difference:3,99' does not exist: there are 64"),
         ("nothing-like-it", "no class"),
         (1.5, "a target is"),
         (torch.zeros(1, 2, 3), "shape"),
@@ -178,6 +182,8 @@ def test_what_the_model_does_not_have_is_refused(graph, ids):
         lamella.explain(graph, {"input_ids": ids, "pixel_values": ids}, target=1)
     with pytest.raises(SamplesError, match="int32"):
         lamella.explain(graph, {"input_ids": ids.int()}, target=1)
+    with pytest.raises(SamplesError, match="'input_ids' holds 64, and there are 64 entries"):
+        lamella.explain(graph, {"input_ids": torch.tensor([[3, 64]])}, target=1)
     with pytest.raises(ValueError, match="preset"):
         lamella.explain(graph, {"input_ids": ids}, target=1, preset="best")
 
@@ -289,15 +295,49 @@ def test_a_page_holds_all_it_shows_and_escapes_its_text(found):
 
 
 class Broken(nn.Module):
-    """Computes the root of a negative number."""
+    """A root and an exponential of twice the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), 2.0))
 
     def forward(self, x):
-        return (x * 2).sqrt() + 1
+        return (x * self.weight).sqrt().exp() + 1
 
 
-def test_the_first_operation_that_computes_nan_is_named():
-    with pytest.raises(GraphError, match=r"first in sqrt.* \(aten.sqrt"):
-        lamella.explain(Broken(), {"x": -torch.ones(1, 3)}, target=(0, 0), preset="gradient")
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (-1.0, r"computes NaN, first in sqrt.* \(aten.sqrt"),
+        (1e5, r"computes infinite numbers, first in exp.* \(aten.exp"),
+        (float("nan"), "input 'x' holds NaN"),
+        (float("inf"), "input 'x' holds infinite numbers"),
+    ],
+)
+def test_the_first_operation_that_computes_no_number_is_named(value, says):
+    with pytest.raises(GraphError, match=says):
+        lamella.explain(Broken(), {"x": torch.full((1, 3), value)}, target=(0, 0), preset="relp")
+
+
+def test_a_weight_that_holds_no_numbers_is_named():
+    model = Broken()
+    nn.init.constant_(model.weight, float("nan"))
+    with pytest.raises(GraphError, match="weight 'weight' holds NaN"):
+        lamella.explain(model, {"x": torch.ones(1, 3)}, target=(0, 0), preset="gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_gives_the_relevance_of_float32(folder, graph, ids, dtype):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    # Coefficients of 1e-5 and less, which are no normal numbers of float16.
+    seed = torch.zeros(1, 5, 64)
+    seed[0, -1, 17] = 1e-5
+    got = lamella.explain(model, {"input_ids": ids}, target=seed)
+    want = lamella.explain(graph, {"input_ids": ids}, target=seed)
+    assert bool(got.tokens.isfinite().all())
+    scale = float(want.tokens.abs().max())
+    # 8 bits of a bfloat16, some operations.
+    torch.testing.assert_close(got.tokens.float(), want.tokens, rtol=0.05, atol=0.03 * scale)
 
 
 def test_the_command_prints_tokens_and_writes_a_page(folder, lamella_cli, tmp_path):

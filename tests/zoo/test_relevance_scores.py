@@ -21,7 +21,7 @@ SampleInputs = Callable[..., dict[str, Tensor]]
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "mixtral"])
-def test_every_part_has_a_score(family: str, captured: Captured, sample_inputs: SampleInputs):
+def test_every_part_has_a_score(kind: str, captured: Captured, sample_inputs: SampleInputs):
     graph = captured(kind)
     analyses = Analyses(graph, Samples.of([sample_inputs(kind, 2)]))
     parts = analyses.get(RelevanceScore("sublayer", sequences=1)).values
