@@ -162,8 +162,10 @@ def test_exact_columns_are_a_second_layer():
     run(graph, data, bits=2, method="quantease", outliers=0.07)
     assert len(graph.find(aten.index_select.default)) == 2 * BLOCKS
     assert {graph.weight(n).shape[-1] for n in graph.weight_nodes() if "exact" in str(n)} == {2, 4}
-    got = lamella.lower(graph, "eager")(**data[0])
-    torch.testing.assert_close(got, graph(**data[0]), rtol=1e-5, atol=1e-5)
+    for backend in ("eager", "onnxruntime"):
+        got = lamella.lower(graph, backend)(**data[0])
+        # Without rounded activations kernels differ in the order of sums only.
+        torch.testing.assert_close(got, graph(**data[0]), rtol=1e-4, atol=1e-4)
     plain = mlp()
     run(plain, data, bits=2, method="quantease")
     want = mlp()(**data[0])
