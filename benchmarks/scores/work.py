@@ -36,6 +36,12 @@ def work_of(run: Callable[[], T]) -> tuple[T, Work]:
     return found, Work(counter.flops, time.process_time() - started)
 
 
+def uncounted(run: Callable[[], T]) -> tuple[T, Work]:
+    """What `run` gives, and its seconds."""
+    started = time.process_time()
+    return run(), Work(0.0, time.process_time() - started)
+
+
 class _Counter(TorchDispatchMode):
     """Adds up what `flop_registry` says of every operation on numbers.
 
