@@ -228,3 +228,16 @@ def test_tune_refuses_what_it_does_not_know(lamella_cli, encoder, tmp_path, argu
     assert message in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_formats_are_listed_with_what_was_found(lamella_cli, tmp_path):
+    given = ("formats", "-b", "eager", "--store", str(tmp_path))
+    code, out, _ = lamella_cli(*given, "--json")
+    assert code == 0
+    found = {one["format"]: one for one in json.loads(out)["formats"]}
+    assert found["int8-rows"]["off"] <= found["int8-rows"]["tolerance"]
+    assert found["int8-rows"]["bits_per_weight"] == pytest.approx(8 + 32 / 1024)
+    code, out, _ = lamella_cli(*given, "--all")
+    assert code == 0
+    assert "int8-rows" in out
+    assert "3, 5 and 6 bits have no kernel" in out.replace("\n", " ")
