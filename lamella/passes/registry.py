@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from lamella.passes.analyses.activation_entropy import ActivationEntropy
 from lamella.passes.analyses.branch_similarity import BranchSimilarity
 from lamella.passes.analyses.cost import Cost
 from lamella.passes.analyses.latency import Latency
 from lamella.passes.analyses.layer_input_modification import LayerInputModification
+from lamella.passes.analyses.outlier_ratio import OutlierRatio
 from lamella.passes.analyses.pareto import Pareto
 from lamella.passes.analyses.relevance import Relevance
+from lamella.passes.analyses.spikes import Spikes
 from lamella.passes.analyses.z_score_distribution import ZScoreDistribution
 from lamella.passes.base import Analysis, Transform
 from lamella.passes.scores.relevance_of_parts import RelevanceOfParts
@@ -21,6 +24,7 @@ from lamella.passes.transforms.allocate_bits import AllocateBits
 from lamella.passes.transforms.blend_weights import BlendWeights
 from lamella.passes.transforms.drop_blocks import DropBlocks
 from lamella.passes.transforms.drop_sublayers import DropSublayers
+from lamella.passes.transforms.fix_ranges import FixRanges
 from lamella.passes.transforms.fold_norms import FoldNorms
 from lamella.passes.transforms.fold_scales import FoldScales
 from lamella.passes.transforms.follow_plan import FollowPlan
@@ -40,6 +44,7 @@ TRANSFORMS: tuple[type[Transform], ...] = (
     FollowPlan,
     QuantizeWeights,
     QuantizeConvolutions,
+    FixRanges,
     QuantizeActivations,
     BlendWeights,
     RestoreBlocks,
@@ -51,6 +56,9 @@ ANALYSES: tuple[type[Analysis[Any]], ...] = (
     Latency,
     BranchSimilarity,
     LayerInputModification,
+    ActivationEntropy,
+    OutlierRatio,
+    Spikes,
     Pareto,
     Relevance,
     RelevanceOfParts,

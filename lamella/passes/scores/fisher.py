@@ -28,7 +28,7 @@ _ERROR_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Fisher(BitScore):
-    """The expected loss of rounding one weight, from second-order information.
+    """The expected loss of rounding weights, from second-order information.
 
     The error D of a weight changes the loss by ``1/2 E[<G, D>^2]``, where G is the gradient of
     the loss of one sequence with respect to the weight. For logits the loss has the Fisher
@@ -46,7 +46,11 @@ class Fisher(BitScore):
     It costs a forward run of each sequence, and for each draw a backward run and one product
     per weight, as a backward run of training: three forward runs with one draw. A draw of a
     sequence says little (the squares that are averaged spread by 1.4 times their mean), so
-    sequences should be many rather than long: 128 of them need one draw each.
+    sequences should be many rather than long: 128 of them need one draw each. The time is that
+    of four to five forward runs where sequences are short or layers narrow.
+
+    The report also knows what several weights lose together (`Interactions`): errors of
+    neighboring layers often point the same way, and losses of single weights don't add up then.
 
     Attributes:
         formats: The formats to score.
@@ -180,4 +184,4 @@ class _Effects(Watcher):
 
 def _rounded(read: Tensor, gradient: Tensor, block: int) -> float:
     change = gradient * (round_to_int8(read, block) - read).float()
-    return float(change.double().square().sum())
+    return float(change.square().sum(dtype=torch.float64))

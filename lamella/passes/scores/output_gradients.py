@@ -129,7 +129,7 @@ class Taps(Watcher):
 
     def outputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
         """Add to the squares of a layer, and to the counts of an embedding."""
-        _add(self._outputs, reader.name, gradient.double().square().sum(0))
+        _add(self._outputs, reader.name, gradient.square().sum(0, dtype=torch.float64))
         if reader.target is aten.embedding.default:
             weight: Node = reader.args[0]  # pyright: ignore[reportAssignmentType]  # sites are bound
             counted = read[gradient.abs().amax(1) > 0]
@@ -138,7 +138,7 @@ class Taps(Watcher):
 
     def inputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
         """Add to the squares of a layer."""
-        _add(self._inputs, reader.name, gradient.double().square().sum(0))
+        _add(self._inputs, reader.name, gradient.square().sum(0, dtype=torch.float64))
 
     def finish(self) -> None:
         """There is nothing to square."""
