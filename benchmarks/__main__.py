@@ -25,6 +25,9 @@ SCRIPTS = {
     "bits": ("benchmarks.bits",),
     "relevance": ("benchmarks.relevance", "--record"),
     "faithfulness": ("benchmarks.faithfulness", "--record"),
+    "quantizers-layers": ("benchmarks.quantizers", "--part", "layers", "--record"),
+    "quantizers-loss": ("benchmarks.quantizers", "--part", "loss", "--record"),
+    "quantizers-seconds": ("benchmarks.quantizers", "--part", "seconds", "--record"),
     "scores": ("benchmarks.scores", "--record"),
 }
 

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 import lamella
 from benchmarks.bits import calibration
-from benchmarks.record import Result
+from benchmarks.record import RESULTS, Result, load
 from benchmarks.sentences import sentences
 from benchmarks.zoo.digits import digits, digits_vit
 from benchmarks.zoo.language_model import language_model, windows
@@ -174,12 +174,11 @@ def model_losses(case: Case, bits: Sequence[int], names: Sequence[str]) -> list[
     want = [out[place] for out in run_outputs(case.graph, case.test)]
     rows: list[list[Any]] = []
     for name in names:
-        losses = []
         for width in bits:
             graph, seconds = _quantized(case, width, OPTIONS[name])
-            losses.append(_loss(case, target, want, graph, place))
-            logger.info("%s %s %d bits: %.5g (%.1f s)", case.name, name, width, losses[-1], seconds)
-        rows.append([case.name, name, *losses])
+            loss = _loss(case, target, want, graph, place)
+            logger.info("%s %s %d bits: %.5g (%.1f s)", case.name, name, width, loss, seconds)
+            rows.append([case.name, width, name, loss])
     return rows
 
 
@@ -244,7 +243,18 @@ def main() -> None:
         result = _layers_table(options.models, options.bits, options.methods or list(METHODS))
     else:
         result = _loss_table(options.models, options.bits, options.methods or list(OPTIONS))
-    result.publish() if options.record else result.show()
+    merged(result).publish() if options.record else result.show()
+
+
+def merged(result: Result) -> Result:
+    """`result` with the rows of the record that it does not measure again: parts take minutes."""
+    if result.name == "quantizers-seconds" or not (RESULTS / f"{result.name}.json").exists():
+        return result
+    rows = {tuple(row[:3]): row for row in load(result.name).rows}
+    rows |= {tuple(row[:3]): row for row in result.rows}
+    models = ("lm", "vit", "minilm")
+    order = sorted(rows, key=lambda key: (models.index(key[0]), key[1]))
+    return replace(result, rows=[rows[key] for key in order])
 
 
 def _layers_table(models: Sequence[str], bits: Sequence[int], names: Sequence[str]) -> Result:
@@ -265,7 +275,7 @@ def _loss_table(models: Sequence[str], bits: Sequence[int], names: Sequence[str]
         name="quantizers-loss",
         title="Loss of the whole model on unseen inputs: KL per token or image (lm, vit), 1 - cos "
         "per token (minilm)",
-        columns=("model", "method", *(f"{width} bits" for width in bits)),
+        columns=("model", "bits", "method", "loss"),
         rows=[row for case in cases(models) for row in model_losses(case, bits, names)],
         notes=(
             f"Blocks of {BLOCK} with float16 scales, with zeros at 2 bits; activations are not "
