@@ -44,7 +44,7 @@ class LrpQvit(BitScore):
     Relevance starts at the largest logit. What is inside of the layer has no part in it: two
     layers with one share lose the same, however their weights round. It orders, and does not
     predict: better than `weight-error`, at least as good as `lim`, and worse than `fisher` and
-    `relevance` (``benchmarks/scores.py``).
+    `relevance` (``benchmarks/scores``).
 
     The paper's rules are those of Chefer and others: z+ in linear layers, halves for products,
     pass-through elsewhere. Here softmax and attention go by the gradient, activations by their

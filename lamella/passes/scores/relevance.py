@@ -25,7 +25,7 @@ class RelevanceScore(Score):
     nowhere.
 
     It is of first order, and says little of a part without which nothing works. Beside the
-    measured loss of each single branch (``benchmarks/scores.py``) it ranked a vision transformer
+    measured loss of each single branch (``benchmarks/scores``) it ranked a vision transformer
     a little better than the cosine of `lim` and a language model a little worse, chose a worse
     quarter of the branches of the former, and was far better than `zd` on both. Drawn labels
     were better than the largest logit on the language model, except under preset ``gradient``;

@@ -41,7 +41,7 @@ class RelevanceBits(BitScore):
     estimate of `fisher` from an emitted graph, and predict the KL divergence per token; `fisher`
     estimates the rounding of inputs from its variance instead.
 
-    Beside the measured loss of each single rounding (``benchmarks/scores.py``) every conserving
+    Beside the measured loss of each single rounding (``benchmarks/scores``) every conserving
     preset ranked worse than the gradient: ``relp`` by little, ``attnlrp`` by more, and ``cp``,
     which gives queries and keys nothing, plans worse than the error of the weight alone. The
     largest logit ranked better than drawn labels on a classifier that is sure of itself, and
