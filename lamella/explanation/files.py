@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.errors import closest
+from lamella.explanation import plots
 
 
 def check(path: str | os.PathLike[str], kinds: Collection[str]) -> str:
@@ -17,6 +18,7 @@ def check(path: str | os.PathLike[str], kinds: Collection[str]) -> str:
     Raises:
         ValueError: `kinds` has no such ending.
         FileNotFoundError: There is no such folder.
+        BackendError: What draws pictures is not installed.
     """
     place = Path(path)
     ending = place.suffix.lower()
@@ -27,6 +29,8 @@ def check(path: str | os.PathLike[str], kinds: Collection[str]) -> str:
         )
     if not place.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(place.parent)!r} to write into")
+    if ending == ".png":
+        plots.check_installed()
     return ending
 
 

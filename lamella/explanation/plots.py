@@ -30,6 +30,18 @@ def is_installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def check_installed() -> None:
+    """Refuse to draw where matplotlib is missing.
+
+    Raises:
+        BackendError: It is.
+    """
+    if not is_installed():
+        raise BackendError(
+            "pictures need the package matplotlib; install it with pip install 'lamella[plots]'"
+        )
+
+
 def pixel_maps(relevance: Tensor, images: Tensor | None, title: str) -> bytes:
     """A PNG with a map for each image: red speaks for the target, blue against it.
 
@@ -124,10 +136,7 @@ def _label(axes: Axes, names: list[str], title: str) -> None:
 
 def _figure(width: float, height: float) -> Figure:
     """A figure that belongs to no window and to no other figure; sizes in inches."""
-    if not is_installed():
-        raise BackendError(
-            "pictures need the package matplotlib; install it with pip install 'lamella[plots]'"
-        )
+    check_installed()
     figure: Figure = importlib.import_module("matplotlib.figure").Figure(
         (width, height), layout="constrained"
     )

@@ -145,8 +145,12 @@ class Explanation:
 
         Raises:
             ValueError: The ending is another.
+            FileNotFoundError: There is no such folder.
+            SamplesError: `over` is asked for, and the model takes no images.
             BackendError: Matplotlib is not installed, which ``.png`` needs.
         """
+        if over:
+            self._image()
         files.write(
             path,
             {

@@ -16,7 +16,7 @@ from torch import nn
 
 import lamella
 from lamella.errors import BackendError, GraphError, SamplesError
-from lamella.explanation import explainer, plots
+from lamella.explanation import explainer, files, plots
 from tests.tiny import save_language_model
 
 TEXT = "a small model reads words"
@@ -173,7 +173,7 @@ def test_what_the_model_does_not_have_is_refused(graph, ids):
     with pytest.raises(SamplesError, match="no tokenizer"):
         lamella.explain(graph, TEXT, target=1)
     found = lamella.explain(graph, {"input_ids": ids}, target=1)
-    for ask in (lambda: found.pixels, found.png):
+    for ask in (lambda: found.pixels, found.png, lambda: found.save("why.png", over=True)):
         with pytest.raises(SamplesError, match="input_ids holds integers, whose relevance is"):
             ask()
     with pytest.raises(ValueError, match=r"can't tell from 'why.htm'.* mean '.html'"):
@@ -265,7 +265,7 @@ def test_without_matplotlib_pictures_say_what_to_install(images, monkeypatch):
     found = lamella.explain(folder, load_file(batch), target="owl")
     assert "data:image" in found.html()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for draw in (found.png, found.chart):
+    for draw in (found.png, found.chart, lambda: files.check("why.png", [".png"])):
         with pytest.raises(BackendError, match=r"pip install 'lamella\[plots\]'"):
             draw()
     assert "data:image" not in found.html()

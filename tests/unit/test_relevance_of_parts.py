@@ -22,6 +22,7 @@ from lamella.passes.base import Analyses
 from lamella.passes.parts import find_parts
 from lamella.passes.scores.relevance import RelevanceScore
 from lamella.passes.scores.relevance_of_parts import PartScoreReport, RelevanceOfParts
+from lamella.passes.scores.relevance_of_rounding import RelevanceOfRounding
 from lamella.rewrite.canonicalize import canonicalize
 from lamella.rules.relevance.presets import preset_of
 
@@ -137,6 +138,33 @@ def test_a_score_is_what_the_output_loses_without_the_part(baseline: str, arms: 
     name, place = found.of("channel").order()[0]
     assert found.of("channel").values[name][place] == min(values)
     assert found.of("head").higher_means == "important"
+
+
+@torch.no_grad()
+def test_rounding_has_the_effect_that_it_has_where_all_is_linear(arms: tuple[Arms, Graph]):
+    model, graph = arms
+    asked = RelevanceOfRounding((2, 5), start="logit:2")
+    found = Analyses(graph, Samples.of([{"x": X}])).get(asked)
+    _, channels = model.parts(X)
+    (gelu,) = (name for name in found.effects if name.startswith("gelu"))
+    for place, levels in enumerate((1, 15)):
+        step = channels.abs().amax(-1, keepdim=True) / levels
+        error = (channels / step).round() * step - channels
+        changed = model(X, channels=-error)["logits"] - model(X)["logits"]
+        effects = changed[..., 2].sum(1).double()
+        want = float(effects.square().mean().sqrt())
+        # Differences of float32 outputs.
+        assert found.effects[gelu][place] == pytest.approx(want, rel=1e-3)
+        gradient = model.head.weight[2] @ model.down.weight
+        parts = (error * gradient).double().square().sum((1, 2))
+        assert found.spreads[gelu][place] == pytest.approx(float(parts.mean().sqrt()), rel=1e-3)
+    assert found.higher_means == "sensitive"
+    least = found.order(2)[0]
+    assert found.effects[least][0] == min(effects[0] for effects in found.effects.values())
+    with pytest.raises(ValueError, match="3 bits were not scored"):
+        found.order(3)
+    with pytest.raises(ValueError, match=r"bits must be widths of 2 to 16, got \(1,\)"):
+        RelevanceOfRounding((1,))
 
 
 # ---- the gradient of a model of transformers ----------------------------------------------
