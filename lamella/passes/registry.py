@@ -20,6 +20,7 @@ from lamella.passes.analyses.spikes import Spikes
 from lamella.passes.analyses.z_score_distribution import ZScoreDistribution
 from lamella.passes.base import Analysis, Transform
 from lamella.passes.scores.relevance_of_parts import RelevanceOfParts
+from lamella.passes.scores.relevance_of_rounding import RelevanceOfRounding
 from lamella.passes.transforms.allocate_bits import AllocateBits
 from lamella.passes.transforms.blend_weights import BlendWeights
 from lamella.passes.transforms.drop_blocks import DropBlocks
@@ -62,6 +63,7 @@ ANALYSES: tuple[type[Analysis[Any]], ...] = (
     Pareto,
     Relevance,
     RelevanceOfParts,
+    RelevanceOfRounding,
     ZScoreDistribution,
 )
 """The built-in analyses, in the order in which they are listed."""
