@@ -386,6 +386,13 @@ def test_files_of_another_run_are_not_used(changed, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 * BLOCKS
 
 
+def test_a_file_in_the_place_of_the_folder_is_told_at_once(tmp_path):
+    place = tmp_path / "blocks"
+    place.write_text("")
+    with pytest.raises(PassError, match=r"there is a file in its place; name a folder"):
+        run(mlp(), samples(), bits=3, method="gptq", resume=place)
+
+
 def test_a_killed_run_goes_on_and_gives_the_same_bits(tmp_path):
     command = [sys.executable, "-m", "tests.unit.killed_chain", str(tmp_path), "3", "32", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

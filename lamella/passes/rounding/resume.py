@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lamella.errors import PassError
 from lamella.ir.graph import Graph
 
 FORMAT = 1
@@ -35,12 +36,27 @@ class BlockFiles:
     """The files of one run in a folder.
 
     Attributes:
-        folder: Made when the first block is written.
+        folder: Where; `prepare` makes it.
         key: Digest of everything the result hangs on.
     """
 
     folder: Path
     key: str
+
+    def prepare(self) -> None:
+        """Make the folder, before anything that takes long.
+
+        Raises:
+            PassError: There is a file in its place.
+            OSError: It can't be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise PassError(
+                f"blocks can't be kept in {str(self.folder)!r}, there is a file in its place; "
+                f"name a folder with resume="
+            ) from error
 
     def read(self, index: int) -> tuple[dict[str, Tensor] | None, str | None]:
         """The tensors of a block, or why there are none; both None if there is no file."""
@@ -63,7 +79,6 @@ class BlockFiles:
         Raises:
             OSError: The disk is full, or the folder can't be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         whole = {name: value.contiguous() for name, value in tensors.items()}
         data = save(whole, self._label(index, whole))
         path = self.path(index)

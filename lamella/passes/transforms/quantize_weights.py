@@ -201,6 +201,7 @@ class QuantizeWeights(Transform):
         files = None
         if self.resume is not None:
             files = BlockFiles(self.resume, self._key(graph, samples, formats))
+            files.prepare()
             _tell_others(files, analyses)
         options = ChainOptions(
             self.sequential, self.int8_activations, weights, files, analyses.progress
