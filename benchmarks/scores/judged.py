@@ -104,10 +104,12 @@ class BitsTruth:
 
     def plan(self, score: Table, budget: float) -> dict[str, Format]:
         """The format of each weight that `score` chooses; tied weights get one width."""
-        sizes = {site.weight: site.shape for site in find_sites(self.graph)}
+        # A weight that the compared output does not depend on has no measured loss.
+        sites = [site for site in find_sites(self.graph) if site.weight in self.losses]
+        sizes = {site.weight: site.shape for site in sites}
         formats = list(next(iter(self.losses.values())))
         room = _room(list(sizes.values()), formats, budget)
-        groups = [[site.weight for site in group] for group in tie_groups(find_sites(self.graph))]
+        groups = [[site.weight for site in group] for group in tie_groups(sites)]
         options = [
             [
                 Option(

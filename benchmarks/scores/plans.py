@@ -73,7 +73,7 @@ def _row(judge: Judge, losses: Table, budget: float) -> tuple[object, ...]:
     together = torch.tensor(plan_losses(judge.measured, plan), dtype=torch.float64)
     joint = weights @ together / (weights @ judge.measured.tokens)
     return (
-        f"{sum(sizes[name] for name in narrow) / sum(sizes.values()):.0%}",
+        f"{sum(sizes[name] for name in narrow) / sum(sizes[name] for name in plan):.0%}",
         _added(losses, plan, plan),
         _added(truth, plan, plan),
         _added(truth, plan, narrow),
