@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 import lamella
-from benchmarks.record import Result
+from benchmarks.record import Result, load
 from benchmarks.relevance_peaks import GRADIENT, calls_of, peaks_of
 from benchmarks.relevance_peers import Peers
 from benchmarks.relevance_subjects import SUBJECTS, Subject
@@ -28,7 +28,12 @@ from lamella.backends.onnxruntime.threads import physical_cores
 from lamella.backends.torch.aot import AotBackend
 from lamella.timing import Timing, measure
 
+Row = tuple[object, ...]
 MEGABYTE = 1 << 20
+COLUMNS = (
+    *("model", "rules", "ms", "of input times gradient", "least ms", "of its least"),
+    *("peak MiB", "of its peak"),
+)
 
 
 def main() -> None:
@@ -38,22 +43,29 @@ def main() -> None:
     names = [options.subject] if options.subject else list(SUBJECTS)
     peaks = {name: _peaks(name, options.peaks) for name in names}
     rows = [row for name in names for row in _rows(name, options, peaks[name])]
+    rows = [*_recorded_beside(rows), *rows] if options.subject and options.record else rows
     result = Result(
         "relevance",
         "Relevance of the inputs: medians of interleaved calls, and peak memory of one",
-        (
-            *("model", "rules", "ms", "of input times gradient", "least ms", "of its least"),
-            *("peak MiB", "of its peak"),
-        ),
+        COLUMNS,
         rows,
         (
-            "Input times gradient: forward and backward of autograd with frozen weights, eager",
+            "Each model in a run of its own. Input times gradient: forward and backward of "
+            "autograd with frozen weights, in eager PyTorch",
             "Peak: resident memory above that before the call, on one thread, freed at once",
             "Peers run in an interpreter of their own; their figures are of the input times "
             "gradient measured there in the same turns",
         ),
     )
     result.publish() if options.record else result.show()
+
+
+def _recorded_beside(rows: Sequence[Row]) -> list[Row]:
+    """The rows of other models that were recorded before."""
+    before, measured = load("relevance"), {row[0] for row in rows}
+    if before.columns != COLUMNS:
+        return []
+    return [tuple(row) for row in before.rows if row[0] not in measured]
 
 
 def _options() -> argparse.Namespace:
@@ -79,9 +91,7 @@ def _peaks(name: str, folder: Path | None) -> dict[str, int]:
     return found
 
 
-def _rows(
-    name: str, options: argparse.Namespace, peaks: dict[str, int]
-) -> Iterator[tuple[object, ...]]:
+def _rows(name: str, options: argparse.Namespace, peaks: dict[str, int]) -> Iterator[Row]:
     subject = SUBJECTS[name]()
     calls = calls_of(subject)
     if options.compiled:

@@ -43,7 +43,10 @@ _OUT: Mapping[Any, Any] = {
 _PLACE = {aten.threshold_backward.default: "grad_input"}
 
 _NEW = frozenset(
-    {"elementwise", "contraction", "normalization", "softmax", "attention", "creation"}
+    {
+        *("elementwise", "contraction", "normalization", "softmax", "attention", "creation"),
+        *("reduction", "indexing", "scan"),
+    }
 )
 """Categories of operators whose results are memory of their own."""
 
