@@ -40,7 +40,7 @@ _OUT: Mapping[Any, Any] = {
 }
 """Elementwise operator -> the same with a place for the result."""
 
-_PLACE = {aten.threshold_backward.default: "grad_input"}
+_PLACE: Mapping[Any, str] = {aten.threshold_backward.default: "grad_input"}
 
 _NEW = frozenset(
     {
@@ -61,7 +61,7 @@ def in_place(graph: Graph) -> fx.GraphModule:
         copies[node] = copied
         given = held.taken_over(node)
         if given is not None:
-            place = _PLACE.get(node.target, "out")  # pyright: ignore[reportArgumentType]
+            place = _PLACE.get(node.target, "out")
             copied.target = _OUT[node.target]
             copied.kwargs = {**copied.kwargs, place: copies[given]}
     return fx.GraphModule(graph.module, twin)
