@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--only", nargs="*", default=[], help="labels of scores of weights")
+    parser.add_argument("--only", nargs="*", default=[], help="labels of scores")
     parser.add_argument("--record", action="store_true", help="keep the tables as JSON")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -32,7 +32,7 @@ def main() -> None:
         results += _bits(cases, options.only)
     if "drops" in options.parts:
         for level in ("sublayer", "block"):
-            found = [drops.scored(case, level) for case in cases]
+            found = [drops.scored(case, level, options.only) for case in cases]
             results.append(drops.table(level, cases, found))
     if "plans" in options.parts:
         results.append(plans.table(cases))

@@ -29,12 +29,14 @@ logger = logging.getLogger(__name__)
 SHARES = (12, 6, 4)
 """One in so many parts goes."""
 
-RANDOM_SEEDS = 10
+RANDOM_SEEDS = 5
 AGAIN = ("lim", "relevance")
 """Scores that are also computed again after each drop."""
 
 GREEDY = 8
 """Sequences of the samples that the greedy choice measures on."""
+
+GREEDY_LABEL = "kl on samples, greedy"
 
 Order = Sequence[str]
 
@@ -89,8 +91,8 @@ class Chosen:
     order: Order
 
 
-def methods(parts: Parts) -> Iterator[tuple[str, list[Chosen]]]:
-    """Label -> what each seed drops."""
+def methods(parts: Parts, only: Sequence[str] = ()) -> Iterator[tuple[str, list[Chosen]]]:
+    """Label -> what each seed drops; only these labels, if there are any."""
     named: dict[str, Callable[[int], Score]] = {
         name: functools.partial(_registered, name, parts) for name in SCORES
     }
@@ -99,12 +101,17 @@ def methods(parts: Parts) -> Iterator[tuple[str, list[Chosen]]]:
             _relevance, parts, preset, start
         )
     for label, build in named.items():
+        if only and label not in only:
+            continue
         seeds = RANDOM_SEEDS if label == "random" else len(parts.case.seen)
         yield label, [_at_once(parts, build(seed), seed) for seed in range(seeds)]
     for label in AGAIN:
+        if only and f"{label}, again after each drop" not in only:
+            continue
         found = [_again(parts, named[label](seed), seed) for seed in range(len(parts.case.seen))]
         yield f"{label}, again after each drop", found
-    yield "kl on samples, greedy", [_greedy(parts, seed) for seed in range(1)]
+    if not only or GREEDY_LABEL in only:
+        yield GREEDY_LABEL, [_greedy(parts, seed) for seed in range(1)]
 
 
 def _registered(name: str, parts: Parts, seed: int) -> Score:
@@ -153,10 +160,10 @@ def _greedy(parts: Parts, seed: int) -> Chosen:
     return Chosen(singles, gone)
 
 
-def scored(case: Case, level: Level) -> dict[str, tuple[object, ...]]:
+def scored(case: Case, level: Level, only: Sequence[str] = ()) -> dict[str, tuple[object, ...]]:
     """Label -> Spearman over single parts, and the regret of sets."""
     parts = Parts(case, level, measured_on_unseen(case))
-    chosen = dict(methods(parts))
+    chosen = dict(methods(parts, only))
     losses = {
         label: [[parts.truth.mean(one.order[:k]) for k in parts.counts] for one in several]
         for label, several in chosen.items()
