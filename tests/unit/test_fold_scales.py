@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import lamella
 from lamella.data import Samples
 from lamella.errors import SamplesError
 from lamella.ir.capture import capture_module
@@ -72,7 +74,8 @@ def test_the_function_stays_in_float64(name: str) -> None:
             for node in edited.weight_nodes()
             if not torch.equal(edited.weight(node), graph.weight(str(node.target)))
         ]
-        assert len(changed) >= len(places)
+        # On two tokens AWQ may find that nothing is to be gained in a place.
+        assert len(changed) >= (len(places) if fold.strategy == "smoothquant" else 2)
         got = [value for value in tree_leaves(edited(**inputs)) if isinstance(value, Tensor)]
         for one, other in zip(got, want, strict=True):
             # Factors of up to 1e4 in either direction and a dozen layers of float64.
@@ -245,3 +248,23 @@ def test_grouped_heads_share_a_factor() -> None:
     # Two queries' heads of 8 read each head of values: columns 0-7 and 8-15 read channels 0-7.
     want = torch.cat([torch.arange(8)] * 2 + [torch.arange(8, 16)] * 2)
     assert torch.equal(values.readers[0].channels, want)
+
+
+def test_a_model_with_moved_factors_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, vocab_size=20, use_cache=False,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(config).eval().save_pretrained(tmp_path / "model")
+    ids = torch.randint(3, 20, (2, 6), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    graph = lamella.capture(tmp_path / "model", inputs)
+    want = graph(**inputs)["logits"]
+    # The manager checks on other inputs that the outputs are the same.
+    lamella.transform(graph, ["fold-scales strategy=awq grid=3"], samples=[inputs])
+    lamella.save_checkpoint(graph, tmp_path / "out")
+    with torch.no_grad():
+        got = hf.LlamaForCausalLM.from_pretrained(tmp_path / "out")(**inputs).logits
+    # Two blocks of float32 in another order.
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
