@@ -29,6 +29,7 @@ SCRIPTS = {
     "quantizers-loss": ("benchmarks.quantizers", "--part", "loss", "--record"),
     "quantizers-seconds": ("benchmarks.quantizers", "--part", "seconds", "--record"),
     "scores": ("benchmarks.scores", "--record"),
+    "patching": ("benchmarks.patching", "--record"),
 }
 
 
