@@ -29,6 +29,9 @@ PROBES = 128
 """Backward runs that are taken where nothing else is said; squares of single draws spread by 1.4
 times their mean, so that a mean of 128 is known to an eighth."""
 
+_MOST_DRAWS = 8
+"""Losses per sequence where nothing else is said: of few sequences many draws know little more."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -36,7 +39,8 @@ class Draws:
 
     Attributes:
         sequences: How many sequences of the samples run, one at a time.
-        draws: Losses per sequence; None means as many as make `PROBES` with all sequences.
+        draws: Losses per sequence; None means as many as make `PROBES` with all sequences, at
+            most 8.
         seed: Of the losses.
 
     Raises:
@@ -56,7 +60,8 @@ class Draws:
     def run(self, found: GradientRun, target: LossTarget, samples: Samples) -> None:
         """Run the sequences; the same draws whatever is watched."""
         taken = first_sequences(samples, self.sequences)
-        draws = self.draws or math.ceil(PROBES / max(1, sum(1 for _ in single_sequences(taken))))
+        count = sum(1 for _ in single_sequences(taken))
+        draws = self.draws or min(_MOST_DRAWS, math.ceil(PROBES / max(1, count)))
         generator = torch.Generator().manual_seed(self.seed)
         for sample in single_sequences(taken):
             rows = found.forward(sample)
@@ -90,7 +95,7 @@ class OutputGradients(Analysis[OutputGradientsReport]):
     Attributes:
         sequences: How many sequences of the samples run, one at a time.
         draws: Losses per sequence, each a backward run; None means as many as make 128 with
-            all sequences.
+            all sequences, at most 8.
         seed: Of the losses.
 
     Raises:
