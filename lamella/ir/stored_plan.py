@@ -49,7 +49,7 @@ def _entry(node: Node) -> tuple[str, PlanEntry] | None:
     if node.target in _PACKED:
         bound = ops.bind(node)
         return _of_codes(bound, _PACKED[node.target])  # pyright: ignore[reportArgumentType]
-    if node.target is lam.linear_int8.default:
+    if node.target in (lam.linear_int8.default, lam.linear_int8_static.default):
         return _of_integers(ops.bind(node))
     return None
 

@@ -1,4 +1,4 @@
-"""Relevance goes through products of integers as through the floats they stand for."""
+"""Relevance and gradients go through products of integers as through the floats they stand for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lamella.ir.capture import capture_module
+from lamella.ir.ops import lam
+from lamella.passes.base import Analyses
+from lamella.passes.scores.gradients import differentiable
+from lamella.passes.transforms.quantize_convolutions import QuantizeConvolutions
+from lamella.rewrite.canonicalize import canonicalize
 from lamella.rules.relevance.contraction import conv_int8, linear_int8_static
 
 
@@ -46,3 +52,23 @@ def test_a_convolution_by_its_dense_weight(axes: int, out_zero: int) -> None:
     # Products and sums of float64.
     torch.testing.assert_close(found[0], want, rtol=1e-12, atol=1e-12)
     assert found[3] is not None
+
+
+def test_the_gradient_passes_by_the_rounding() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU()).eval()
+    x = torch.randn(2, 8, 6, 6)
+    graph = capture_module(model, (x,))
+    canonicalize(graph)
+    QuantizeConvolutions().run(graph, Analyses(graph, samples=[{"input": x}]))
+    graph.finish()
+    (layer,) = graph.find(lam.conv_int8.default)
+    instead = differentiable([layer])[layer]
+    operands = [graph.weight(graph.operand(layer, k)) for k in ("weight", "scales", "bias")]
+    smooth = instead(x.requires_grad_(), *operands, *layer.args[4:])
+    # The roundings of weights, inputs and outputs to 8 bits.
+    assert float((smooth - graph(x.detach())).detach().abs().max() / smooth.detach().max()) < 0.02
+    (found,) = torch.autograd.grad(smooth.sum(), x, retain_graph=True)
+    (want,) = torch.autograd.grad(model(x).sum(), x)
+    # Those of weights alone; a value near zero may be cut off by one and not by the other.
+    assert float((found - want).norm() / want.norm()) < 0.1

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lamella.ir import ops
 from lamella.ir.graph import Graph
+from lamella.ir.integer_operators import INTEGER_REFERENCE
 from lamella.ir.operators import REFERENCE
 from lamella.ir.ops import aten, lam
 from lamella.ir.rounding_operators import ROUNDING_REFERENCE
@@ -145,7 +146,7 @@ class GradientRun:
 
 def differentiable(nodes: Iterable[Node]) -> dict[Node, Callable[..., Any]]:
     """Our own operators have no derivative; their references in plain PyTorch have."""
-    known = {*REFERENCE, *ROUNDING_REFERENCE}
+    known = {*REFERENCE, *ROUNDING_REFERENCE, *INTEGER_REFERENCE}
     return {node: _reference(node.target) for node in nodes if node.target in known}
 
 
@@ -153,14 +154,26 @@ def _reference(target: Any) -> Any:
     """The derivative of rounding is zero almost everywhere; the gradient passes by it instead."""
     if target is lam.linear_nbits.default:
         return lambda *args: REFERENCE[target](*args[:7], False)
-    if target is lam.linear_int8.default:
+    if target in (lam.linear_int8.default, lam.linear_int8_static.default):
         return _dense_linear
+    if target is lam.conv_int8.default:
+        return _dense_convolution
     if target in ROUNDING_REFERENCE:
         return lambda input, *_: input
     return REFERENCE[target]
 
 
 def _dense_linear(
-    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, per_row: bool
+    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *_: Any
 ) -> Tensor:
     return functional.linear(input, (weight * scales[:, None]).to(input.dtype), bias)
+
+
+def _dense_convolution(
+    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    """The convolution of the floats that the codes stand for; the last of `rest` is its zero."""
+    convolve: Any = functional.conv1d if weight.ndim == 3 else functional.conv2d
+    dense = weight * scales.reshape(-1, *[1] * (weight.ndim - 1))
+    result = convolve(input, dense.to(input.dtype), bias, *rest[:4])
+    return result.relu() if rest[-1] == 0 else result
