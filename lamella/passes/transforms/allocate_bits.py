@@ -40,8 +40,9 @@ class AllocateBits(Transform):
     group of weights in a format, and prices are bytes of the stored codes, scales and zeros, or
     for a budget in milliseconds the measured times of the kernels that read the group. Weights that
     a backend merges (queries, keys and values; gate and up) are one group, and so is a head
-    that is tied to an embedding. Nothing is rounded yet: the plan is left on the graph
-    (``graph.plan``) for `quantize-weights`.
+    that is tied to an embedding. Where the score knows what weights lose together (`fisher`),
+    formats are then exchanged as long as the loss of all of them at once falls. Nothing is
+    rounded yet: the plan is left on the graph (``graph.plan``) for `quantize-weights`.
 
     Attributes:
         budget: ``4.5`` is bits per weight *including scales and zeros*, averaged over the
