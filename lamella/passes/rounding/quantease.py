@@ -22,7 +22,9 @@ class QuantEase(Rounding):
 
     Every visit of a column sets it to the best values there are with all other columns as they
     are, so the error never grows from the point of GPTQ. The published relaxation that leaves a
-    column unrounded in some sweeps is not used: from this point it is not needed.
+    column unrounded in some sweeps is not used: from this point it is not needed. Smaller errors
+    of layers are not always a smaller loss of the model: on a small language model at 2 bits the
+    former fell by a tenth, and the latter rose by two percent (at 3 and 4 bits both fell).
 
     With `outliers` some whole columns are kept exactly, beside the codes: the ones whose rounding
     costs most. They are not bound to a grid, and make up for the errors of the others. In the
