@@ -56,7 +56,9 @@ def explain(
             each row), a seed (``"logit"`` for the largest, ``"contrastive:3"``, ``"softmax:3"``,
             ``"difference:3,5"``), or a tensor of the shape of the output.
         preset: Name of the rules: ``"cp"``, ``"attnlrp"``, ``"gradient"``, ``"gamma"``, …; or a
-            preset of your own.
+            preset of your own. Which are most faithful depends on the model: of those measured
+            in ``benchmarks/faithfulness.py``, ``attnlrp`` for a vision transformer, ``cp`` and
+            ``gamma`` for a text encoder.
         ledger: Also account for what biases, softmax and others kept.
         checkpoint: ``"blocks"`` keeps the activations of one block at a time and runs the forward
             of each once more: less memory for more time.

@@ -301,6 +301,7 @@ def test_weights_and_biases_make_up_a_layer_where_norms_are_folded(
 def test_tokens_and_pixels_are_those_of_the_inputs(captured: Captured, sample_inputs: SampleInputs):
     batch = sample_inputs("llama", 3, 7)
     told = relevance(captured("llama"), [batch], taps=("tokens",))
+    assert list(told.tokens) == ["input_ids"]
     rows = told.tokens["input_ids"]
     assert [len(row) for row in rows] == [7, 7, 7]
     flow = sum(map(sum, rows)) / 3

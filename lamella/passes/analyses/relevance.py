@@ -106,7 +106,9 @@ class Relevance(Analysis[RelevanceReport]):
             raise SamplesError("there are no samples; give at least one input dict")
         means = {name: total / rows for name, total in kept.totals.items()}
         found = report_of(graph, made, means, self._named(rows))
-        return dataclasses.replace(found, tokens=kept.tokens)
+        # Masks and the like are integers that have no relevance.
+        tokens = {name: rows for name, rows in kept.tokens.items() if name in made.sources}
+        return dataclasses.replace(found, tokens=tokens)
 
     def _named(self, rows: int) -> tuple[str, int]:
         return preset_of(self.preset).name, rows

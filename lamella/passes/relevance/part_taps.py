@@ -41,14 +41,15 @@ def weight_taps(graph: Graph) -> list[Tap]:
 
 
 def weight_readers(graph: Graph) -> list[Node]:
-    """The layers and embeddings that read a weight of the model."""
-    return [
-        node
-        for node in graph.nodes
-        if (base_name(node) in LAYERS or node.target is aten.embedding.default)
-        and (weight := ops.bind(node).get("weight")) is not None
-        and weight.op == "get_attr"
-    ]
+    """The layers and embeddings that read a weight of the model, and no bias that is computed."""
+    found: list[Node] = []
+    for node in graph.nodes:
+        if base_name(node) in LAYERS or node.target is aten.embedding.default:
+            bound = ops.bind(node)
+            weight, bias = bound.get("weight"), bound.get("bias")
+            if weight is not None and all(n is None or n.op == "get_attr" for n in (weight, bias)):
+                found.append(node)
+    return found
 
 
 def _tap_of_channels(parts: Parts) -> Tap:
