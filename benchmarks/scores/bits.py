@@ -193,7 +193,7 @@ def _cut(case: Case, score: BitScore) -> dict[str, int] | None:
         options["draws"] = 1
     cost = found_of(case, _with(score, options), 0).forwards
     # A share of a forward goes into what is made of the gradients.
-    if cost > 1.2 * EQUAL:
+    if cost > 1.35 * EQUAL:
         sequences = int(getattr(score, "sequences", 0) * EQUAL / cost)
         if sequences < 1:
             return None
