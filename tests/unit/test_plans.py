@@ -247,6 +247,19 @@ def test_a_plan_that_loses_too_much_is_scored_again(folder: Path, fresh: Graph) 
         assert judge.loss(graph.plan) <= judge.loss(plain.plan) * (1 + 1e-9)
 
 
+def test_a_plan_without_the_narrowest_width_is_tried(folder: Path, fresh: Graph) -> None:
+    # The score knows nothing of the model, so that the plan it likes best is not the best.
+    graph = fresh.copy()
+    options = {"by": "random", "budget": 4.6, "min_size": 0, "embedding_min": 2, "head_min": 2}
+    a_pass = AllocateBits(**options)
+    samples = _samples(folder, TEXTS * 2)
+    a_pass.run(graph, Analyses(graph, samples))
+    wide = {site.weight: Format(4) for site in find_sites(graph)}
+    judge = Trials(graph, Samples(samples.batches[1::2]))
+    # Four bits everywhere are within the budget.
+    assert judge.loss(graph.plan) <= judge.loss(wide) * (1 + 1e-9)
+
+
 def test_every_budget_is_met(fresh: Graph) -> None:
     graph = fresh.copy()
     analyses = Analyses(graph)

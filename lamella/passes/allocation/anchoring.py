@@ -8,18 +8,20 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lamella.data import Samples
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format
-from lamella.passes.allocation.problem import Losses, Solution
+from lamella.passes.allocation.problem import Losses, Problem, Solution
 from lamella.passes.base import Analyses
 from lamella.passes.scores.target import first_sequences
 from lamella.passes.trials import Trials
 
 TOO_MUCH = 1.5
 """A measured loss above this times the predicted one is scored again."""
+
+_PENALTY = 10.0
 
 SEQUENCES = 16
 """How many sequences measure a plan, and how many others score around it."""
@@ -41,38 +43,71 @@ class Settled:
 
 
 def settled_on(solution: Solution, graph: Graph, analyses: Analyses, unit: str) -> Settled | None:
-    """Measure a solution, and solve again around it when it loses more than predicted.
+    """Measure a solution beside those without the narrowest widths, and take the best.
 
-    The second solution minimizes ``KL(plan with j -> f) - KL(plan)``, shifted so that the
-    least of a group is 0; all of them are measured on one half of the samples. It is taken when
-    the whole loses less on the other half.
+    Losses of single weights don't add up where many are rounded coarsely, so that a plan without
+    the narrowest width can be better than the one that is predicted to be. When what is taken
+    still loses half more than predicted, all groups are scored once more around it: the second
+    solution minimizes ``KL(plan with j -> f) - KL(plan)``, shifted so that the least of a group
+    is 0. Scoring and judging happen on different halves of the samples.
 
     Args:
         solution: Of the problem with predicted losses.
         graph: As it is.
         analyses: Has the samples; without any nothing is measured.
         unit: Of the predictions; when it isn't that of measured losses there is nothing to
-            compare, and the plan is only measured.
+            compare, and nothing is scored again.
     """
     if analyses.samples is None:
         return None
     scoring, accepting = _halves(analyses.samples)
     judge = Trials(graph, accepting)
-    measured = judge.loss(solution.plan)
-    if unit != judge.unit or measured <= TOO_MUCH * solution.loss:
-        return Settled(solution, measured)
-    ratio = measured / solution.loss if solution.loss > 0 else float("inf")
-    told = f"measured {measured:.4g} is {ratio:.3g} times the predicted loss {solution.loss:.4g}"
-    again = solution.problem.with_losses(_losses_around(solution, Trials(graph, scoring))).solve()
-    loss = judge.loss(again.plan) if again.chosen != solution.chosen else measured
-    if loss >= measured:
-        kept = f"{told}; scored again around the plan, which stays (a second one: {loss:.4g})"
-        return Settled(solution, measured, (kept,))
-    # With the losses of the first score, so that those of the report mean one thing.
-    taken = Solution(solution.problem, again.chosen)
-    changed = sum(a != b for a, b in zip(again.chosen, solution.chosen, strict=True))
+    found = _wider(Settled(solution, judge.loss(solution.plan)), judge)
+    predicted = found.solution.loss
+    if unit != judge.unit or found.measured <= TOO_MUCH * predicted:
+        return found
+    ratio = found.measured / predicted if predicted > 0 else float("inf")
+    told = f"measured {found.measured:.4g} is {ratio:.3g} times the predicted loss {predicted:.4g}"
+    losses = _losses_around(found.solution, Trials(graph, scoring))
+    again = Solution(solution.problem, solution.problem.with_losses(losses).solve().chosen)
+    loss = judge.loss(again.plan) if again.chosen != found.solution.chosen else found.measured
+    if loss >= found.measured:
+        text = f"{told}; scored again around the plan, which stays (a second one: {loss:.4g})"
+        return replace(found, remarks=(*found.remarks, text))
+    pairs = zip(again.chosen, found.solution.chosen, strict=True)
+    changed = sum(one != other for one, other in pairs)
     text = f"{told}; scored again around the plan: {changed} groups changed, measured {loss:.4g}"
-    return Settled(taken, loss, (text,))
+    return Settled(again, loss, (*found.remarks, text))
+
+
+def _wider(first: Settled, judge: Trials) -> Settled:
+    """The best of a solution and those that do without the narrowest widths."""
+    problem = first.solution.problem
+    found = first
+    for least in sorted({f.bits for _, formats in problem.choices for f in formats})[1:]:
+        other = _at_least(problem, least)
+        if other is None or other.chosen == first.solution.chosen:
+            continue
+        measured = judge.loss(other.plan)
+        if measured < found.measured:
+            text = (
+                f"a plan without fewer than {least} bits measures {measured:.4g}, the one that "
+                f"was predicted to lose least {first.measured:.4g}"
+            )
+            found = Settled(other, measured, (text,))
+    return found
+
+
+def _at_least(problem: Problem, bits: int) -> Solution | None:
+    """The best solution without narrower formats; None where the budgets don't allow it."""
+    most = sum(max(losses.values()) for losses in problem.losses) or 1.0
+    penalized = [
+        {f: loss + (_PENALTY * most if f.bits < bits else 0.0) for f, loss in losses.items()}
+        for losses in problem.losses
+    ]
+    chosen = problem.with_losses(penalized).solve().chosen
+    found = Solution(problem, chosen)
+    return found if min(f.bits for f in found.formats) >= bits else None
 
 
 def _halves(samples: Samples) -> tuple[Samples, Samples]:

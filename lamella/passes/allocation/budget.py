@@ -89,6 +89,8 @@ class Budget:
         if unit and found[2]:
             raise ValueError(f"a budget has one unit, got {str(text)!r} and unit={unit}")
         amount, called = float(found[1]), (found[2] or unit).lower()
+        if found[3] and called not in _SECONDS:
+            raise ValueError(f"only a time is of a call, got {str(text)!r}")
         if called in ("bit", "bits"):
             return cls(amount, "bits")
         if called == "%":
@@ -100,8 +102,6 @@ class Budget:
             return cls(
                 amount * _SECONDS[called], "seconds", _PHASES[(found[3] or "").lower()], tokens
             )
-        if found[3]:
-            raise ValueError(f"only a time is of a call, got {str(text)!r}")
         if called in _BYTES:
             return cls(amount * _BYTES[called], "bytes")
         raise ValueError(f"{_EXPECTED}, got the unit {called!r}{known_names(called, UNITS)}")
