@@ -12,6 +12,7 @@ from benchmarks.scores.bits import Judge, builders, found_of
 from benchmarks.scores.cases import Case
 from benchmarks.scores.judged import Table, drawn, interval
 from benchmarks.scores.truth import plan_losses
+from lamella.faithfulness import Interval
 from lamella.ir.quantize import Format
 from lamella.passes.sites import find_sites
 
@@ -77,8 +78,12 @@ def _row(judge: Judge, losses: Table, budget: float) -> tuple[object, ...]:
         _added(losses, plan, plan),
         _added(truth, plan, plan),
         _added(truth, plan, narrow),
-        str(interval([joint])),
+        _precise(interval([joint])),
     )
+
+
+def _precise(found: Interval) -> str:
+    return f"{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]"
 
 
 def _added(losses: Table, plan: Mapping[str, Format], names: Collection[str]) -> float:
