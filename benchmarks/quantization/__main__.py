@@ -1,8 +1,9 @@
 """``python -m benchmarks.quantization``: the loss of bit plans at equal bytes, on unseen data.
 
-``--case vit minilm lm`` picks models, ``--peer PYTHON`` is an interpreter with ``openvino`` and
-``nncf``. Every plan is rounded to nearest with searched scales and runs with the numerics of the
-kernels; NNCF rounds its own way, with activations in float32.
+``--case vit minilm lm`` picks models, ``--allocators`` what is measured again, ``--peer PYTHON``
+is an interpreter with ``openvino`` and ``nncf``. Every plan is rounded to nearest with searched
+scales and runs with the numerics of the kernels; NNCF rounds its own way, with activations in
+float32.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from benchmarks.quantization.allocators import ALLOCATORS, OVERHEAD, Spending, cost
@@ -23,6 +25,7 @@ from benchmarks.scores.cases import CASES
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
 OURS = "fisher"
+KEPT = Path(".cache/quantization")
 
 logger = logging.getLogger(__name__)
 
@@ -38,29 +41,35 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("lamella").setLevel(logging.WARNING)
     for name in options.case:
-        judge = Judge(CASES[name]())
-        found = measured(judge, options.allocators, options.budgets)
+        judge, kept = Judge(CASES[name]()), KEPT / f"{name}.pt"
+        found = torch.load(kept) if kept.is_file() else {}
+        for allocator in options.allocators:
+            found[allocator] = measured(judge, allocator, options.budgets)
+            save(found, kept)
         if options.peer:
             with tempfile.TemporaryDirectory() as folder:
                 found["NNCF"] = beside(judge, options.peer, Path(folder), options.budgets)
+            save(found, kept)
         publish(judge, found, options.budgets)
 
 
-def measured(
-    judge: Judge, allocators: Sequence[str], budgets: Sequence[float]
-) -> dict[str, list[Tensor | None]]:
-    """For each allocator the losses of each sequence at every budget."""
-    found: dict[str, list[Tensor | None]] = {}
-    for name in allocators:
-        for bits in budgets:
-            spending = Spending.of(judge.case, bits)
-            plan = ALLOCATORS[name](spending)
-            size = cost(spending.groups, plan)
-            fits = size <= spending.room
-            losses = judge.losses(plan) if fits else None
-            found.setdefault(name, []).append(losses)
-            told = judge.mean(losses) if losses is not None else float("nan")
-            logger.info("%s %s %.1f: %d bytes, %.5f", judge.case.name, name, bits, size, told)
+def save(found: dict[str, list[Tensor | None]], path: Path) -> None:
+    """Keep what was measured, so that allocators can be measured one by one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(found, path)
+
+
+def measured(judge: Judge, allocator: str, budgets: Sequence[float]) -> list[Tensor | None]:
+    """The losses of each sequence at every budget."""
+    found: list[Tensor | None] = []
+    for bits in budgets:
+        spending = Spending.of(judge.case, bits)
+        plan = ALLOCATORS[allocator](spending)
+        size = cost(spending.groups, plan)
+        losses = judge.losses(plan) if size <= spending.room else None
+        found.append(losses)
+        told = judge.mean(losses) if losses is not None else float("nan")
+        logger.info("%s %s %.1f: %d bytes, %.5f", judge.case.name, allocator, bits, size, told)
     return found
 
 

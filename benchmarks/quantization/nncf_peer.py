@@ -20,7 +20,7 @@ from lamella.passes.scores.target import loss_target
 
 METRICS = ("MAX_ACTIVATION_VARIANCE", "HESSIAN_INPUT_ACTIVATION")
 MODES = {"INT4_SYM": 4, "INT2_SYM": 2}
-STEPS = 6
+STEPS = 5
 """Of the bisection for the ratio of narrow weights."""
 
 
