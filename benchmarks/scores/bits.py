@@ -241,6 +241,7 @@ def table(
             f"{', '.join(f'{b:g}' for b in BUDGETS)} bits, over that of the best plans, minus 1.",
             "forwards: products of matrices, in forward runs of all samples of a set; s: seconds "
             "of one core, of the first set.",
+            "Rows with - were not run for that model.",
         ),
     )
 
