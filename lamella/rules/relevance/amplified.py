@@ -46,7 +46,7 @@ def gamma(opened: Opened, factor: float) -> Rule:
         # (1 + g/2) rho = |z| / (|z| + h a) with h = (g/2) / (1 + g/2); zero where both are.
         share = factor / (2 + factor)
         absolute = _absolute(layer, input, weight, bias)
-        grown = aten.add.Tensor(aten.abs.default(output), absolute, alpha=share)
+        grown = aten.abs.default(output) + absolute * share
         kept = output / (grown + _least(output.dtype))
         parts = (coefficient * aten.abs.default(kept), coefficient * kept)
         found, of_bias = _both(layer, parts, (input, weight, bias), share)
@@ -157,8 +157,11 @@ def alpha_beta_by_signs(
 
 
 def _raised(weight: Any, factor: float) -> Any:
-    """``W + g W+``."""
-    return aten.add.Tensor(weight, aten.clamp.default(weight, 0.0), alpha=factor)
+    """``W + g W+``.
+
+    Factors stand apart here: compiled by inductor, `alpha` of a sum gave other numbers.
+    """
+    return weight + aten.clamp.default(weight, 0.0) * factor
 
 
 def _absolute(layer: Contraction, input: Any, weight: Any, bias: Any) -> Any:
@@ -175,7 +178,7 @@ def _both(
     input, weight, bias = operands
     first = layer.adjoint(straight, weight, input)
     second = layer.adjoint(signed, aten.abs.default(weight), input)
-    found = aten.add.Tensor(first, second * aten.sign.default(input), alpha=share)
+    found = first + times(second * aten.sign.default(input), share)
     if bias is None:
         return found, None
     sums = layer.bias_sum(straight), layer.bias_sum(signed)
