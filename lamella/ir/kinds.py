@@ -34,9 +34,7 @@ CONVOLUTIONS = frozenset(
 _ATTENTIONS = frozenset({"scaled_dot_product_attention", "cached_attention"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 _EXPERTS = frozenset({"grouped_linear", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
-_LINEAR = frozenset(
-    {"linear", "linear_nbits", "linear_int8", "linear_int8_static", "mm", "addmm"}
-)
+_LINEAR = frozenset({"linear", "linear_nbits", "linear_int8", "linear_int8_static", "mm", "addmm"})
 LAYERS = _LINEAR | CONVOLUTIONS | _EXPERTS
 """Operators that multiply by a weight."""
 

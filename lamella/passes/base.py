@@ -7,10 +7,12 @@ analyses: each is computed once for a state of the graph, and never given for an
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from lamella.data import Samples
@@ -93,6 +95,13 @@ class Analysis(abc.ABC, Generic[R]):
         return described(cls)
 
 
+@contextlib.contextmanager
+def gradients_possible() -> Generator[None]:
+    """Let what runs inside differentiate, even where the caller has switched gradients off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 class Analyses:
     """The results of analyses of one graph, each computed once per state of the graph.
 
@@ -133,7 +142,8 @@ class Analyses:
         before = self.graph.edits
         self._asking.append(analysis.name)
         try:
-            result = analysis.run(self.graph, self)
+            with gradients_possible():
+                result = analysis.run(self.graph, self)
         except Exception as error:
             error.add_note(f"in analysis {spelling_of(analysis)!r}")
             raise

@@ -18,7 +18,7 @@ import torch
 from lamella.data import Batch, Samples
 from lamella.ir import ops
 from lamella.ir.graph import Graph
-from lamella.passes.base import Analyses, Transform
+from lamella.passes.base import Analyses, Transform, gradients_possible
 from lamella.passes.instruments import Instrument, Step, Verify
 from lamella.passes.numerics import NumericCheck
 from lamella.passes.options import options_of, plain
@@ -82,7 +82,7 @@ def _run_step(step: Step, instruments: Sequence[Instrument]) -> PassRecord:
     try:
         clock.tell(instruments, lambda one: one.before_pass(step))
         before = clock.verify(lambda: _Books.of(step.graph))
-        with step.graph.author(step.transform.name):
+        with step.graph.author(step.transform.name), gradients_possible():
             step.seconds = clock.seconds_of(lambda: step.transform.run(step.graph, step.analyses))
         step.edits = step.graph.edits - edits
         clock.verify(step.graph.finish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -205,6 +206,21 @@ class _Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": self.head(x)}
+
+
+def test_tables_of_positions_and_types_are_scored(captured: Captured, sample_inputs: SampleInputs):
+    graph, samples = captured("bert"), Samples.of([sample_inputs("bert")])
+    analyses = Analyses(graph, samples)
+    relevance = analyses.get(RelevanceBits(FORMATS, int8_activations=False))
+    fisher = analyses.get(Fisher(FORMATS, int8_activations=False, draws=4))
+    tables = [site.weight for site in find_sites(graph) if site.role == "embedding"]
+    assert len(tables) == 3
+    assert not relevance.remarks
+    for name, format in itertools.product(tables, FORMATS):
+        # The same draws; only the order of sums in float32 differs.
+        expected = pytest.approx(fisher.losses[name][format], rel=5e-3, abs=1e-12)
+        assert relevance.losses[name][format] == expected
+    assert all(any(relevance.losses[name].values()) for name in tables)
 
 
 def test_the_rounding_of_inputs_is_added_entry_by_entry():

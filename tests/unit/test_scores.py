@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -282,3 +283,16 @@ def test_only_as_many_batches_run_as_are_asked_for(samples: Samples):
 def test_a_score_that_is_no_number_is_an_error():
     with pytest.raises(ValueError, match="score of w is nan"):
         finite(float("nan"), "w")
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+@pytest.mark.parametrize("by", ["fisher", "fisher-gram", "relevance"])
+def test_scores_differentiate_where_the_caller_does_not(
+    by: str, off: Any, captured: Callable[[str], Graph], sample_inputs: Callable[..., Any]
+) -> None:
+    graph, samples = captured("llama"), Samples.of([sample_inputs("llama")])
+    expected = Analyses(graph, samples).get(bit_score(by, [Format(4)])).losses
+    with off():
+        found = Analyses(graph, samples).get(bit_score(by, [Format(4)])).losses
+    # The same operations in the same order.
+    assert found == expected

@@ -73,7 +73,8 @@ class _Emission:
         self.nodes = self.graph.nodes
         self.by_name = {node.name: node for node in self.nodes if node.op != "output"}
         self.sources = sources_of(self.graph)
-        self.roles = roles_of(self.graph, self.sources.values())
+        more = [self.by_name[name] for name in self.request.sources]
+        self.roles = roles_of(self.graph, [*self.sources.values(), *more])
         self.recorder = Recorder(self.graph, {} if shapes is None else shapes)
         self.target = self._explained()
         self.mask = token_mask(self.graph, self.target)

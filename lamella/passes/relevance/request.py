@@ -40,6 +40,8 @@ class Request:
             with one class for each row.
         inputs: Whether the relevance of the inputs is wanted.
         taps: What else is wanted.
+        sources: Names of nodes that relevance reaches beside the inputs: what tables of positions
+            and the like give, which no input that is attributed flows into.
         ledger: Whether to account for what every node keeps of the relevance it gets.
         checkpoint: ``"blocks"`` keeps the activations of one block of the residual stream at a
             time; the forward of a block runs again in the sweep. "" keeps all.
@@ -53,6 +55,7 @@ class Request:
     label: bool = False
     inputs: bool = True
     taps: tuple[Tap, ...] = ()
+    sources: tuple[str, ...] = ()
     ledger: bool = False
     checkpoint: str = ""
 

@@ -90,16 +90,20 @@ class RelevanceBits(BitScore):
         target = loss_target(graph)
         rounded = tuple(f for f in self.formats if f.bits != 32)
         losses: dict[str, dict[Format, float]] = {}
+        unseen: list[str] = []
         for sites in groups_in_memory(find_sites(graph), len(rounded)):
             effects = _Effects(graph, sites, rounded, int8_activations=self.int8_activations)
             scale = 0.5 / self._sweep(graph, analyses, target, effects)
+            unseen += [site.weight for site in sites if not effects.reached(site)]
             for site in sites:
                 found = dict(zip(rounded, (effects.squares(site) * scale).tolist(), strict=True))
                 losses[site.weight] = {
                     f: finite(found.get(f, 0.0), site.weight) for f in self.formats
                 }
         predicts = preset_of(self.preset).name == "gradient" and self.start == DRAWN
-        return BitScoreReport(self.name, losses, target.unit if predicts else "relative")
+        unit = target.unit if predicts else "relative"
+        told = f"no relevance reaches these weights, which score 0: {', '.join(unseen)}"
+        return BitScoreReport(self.name, losses, unit, remarks=(told,) if unseen else ())
 
     def _sweep(
         self, graph: Graph, analyses: Analyses, target: LossTarget, effects: _Effects
@@ -168,6 +172,10 @@ class _Effects:
         for weight, found in self._running.items():
             self._add_squares(weight, found.square())
         self._running.clear()
+
+    def reached(self, site: Site) -> bool:
+        """Whether a layer that reads the weight had a coefficient."""
+        return site.weight in self._squares
 
     def squares(self, site: Site) -> Tensor:
         """The sum of squared effects in each format, float64 ``[formats]``."""

@@ -7,7 +7,7 @@ it is there and freed after its last reader, so that what is kept is what a scor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from lamella.ir.graph import Graph
+from lamella.ir.ops import aten, lam
 from lamella.ir.segments import Program, Segment, Values, program
 from lamella.passes.relevance.emit import SEED, emit
 from lamella.passes.relevance.request import Request, Tap
@@ -46,8 +47,13 @@ class Sweeps:
             kept: Names of the nodes whose values `value` is asked for.
         """
         taps = tuple(Tap(name, (name,), _coefficient) for name in dict.fromkeys(wanted))
-        place = graph.outputs.index(target.node)
-        made = emit(graph, preset, Request(place, inputs=False, taps=taps))
+        request = Request(
+            graph.outputs.index(target.node),
+            inputs=False,
+            taps=taps,
+            sources=tuple(_tables(graph, {tap.name for tap in taps})),
+        )
+        made = emit(graph, preset, request)
         outputs = dict(zip(made.graph.signature.outputs, made.graph.outputs, strict=True))
         self._signature = graph.signature
         self._by_name = {node.name: node for node in made.graph.nodes}
@@ -82,8 +88,11 @@ class Sweeps:
         return self._rows.rows(self._values | {self._target: output})
 
     def value(self, name: str) -> Tensor:
-        """What the model computed at a node that is kept."""
-        return self._values[self._by_name[name]]
+        """What the model computed at a node that is kept, or a weight of it."""
+        node = self._by_name[name]
+        if node.op == "get_attr":
+            return self._forward.graph.weight(node)
+        return self._values[node]
 
     def backward(self, seed: Tensor, seen: Seen) -> None:
         """Sweep from the coefficient `seed` of the output; `seen` gets each wanted coefficient.
@@ -100,6 +109,13 @@ class Sweeps:
 
         for segment in self._late:
             segment.run(values, segment.read_weights(self._sweep.graph), watch)
+
+
+def _tables(graph: Graph, names: Collection[str]) -> Iterator[str]:
+    """Those of some nodes that look rows up, also by indices that are no input."""
+    for node in graph.find(aten.embedding.default, lam.embedding_nbits.default):
+        if node.name in names:
+            yield node.name
 
 
 def _coefficient(pair: tuple[Any, Any]) -> Any:
