@@ -178,5 +178,5 @@ def test_a_perceptron_is_as_in_captum():
     for module in model:
         if isinstance(module, nn.Linear):
             module.rule = EpsilonRule(epsilon=1e-3)
-    want = attr.LRP(model).attribute(x, target=target).detach()
+    want = attr.LRP(model).attribute(x.requires_grad_(), target=target).detach()
     assert_same(got, want)
