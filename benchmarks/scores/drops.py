@@ -139,9 +139,9 @@ def _again(parts: Parts, by: Score, seed: int) -> Chosen:
         graph = without(parts.case.graph, parts.level, gone)
         found = Analyses(graph, parts.case.seen[seed % len(parts.case.seen)]).get(by).importance()
         left = [name for name in parts.names if name not in gone]
-        missing = [name for name in left if name not in found]
-        assert not missing, missing
-        gone.append(min(left, key=lambda name: found[name]))
+        # Where norms follow branches, what is left of a block may be no block any more.
+        scored = [name for name in left if name in found]
+        gone.append(min(scored or left, key=lambda name: found.get(name, 0.0)))
     return Chosen({}, gone)
 
 
