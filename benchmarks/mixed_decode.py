@@ -34,7 +34,7 @@ PASSES = {
     "4.25 bits mixed": (MIXED, "quantize-weights"),
     "4.25 bits mixed, gptq": (MIXED, "quantize-weights method=gptq"),
 }
-PAST, ROUNDS = 128, 15
+PAST, ROUNDS = 128, 40
 KEPT = RESULTS / "mixed_decode_loss.json"
 
 
