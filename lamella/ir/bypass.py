@@ -31,9 +31,6 @@ def bypass(graph: Graph, sublayers: Iterable[Sublayer]) -> None:
 
     Raises:
         GraphError: A sublayer can't be dropped (projected shortcut), or is not of this graph.
-
-    References:
-        `methods/structure.md`, section 1.3.
     """
     chosen = sorted(set(sublayers), key=lambda sublayer: sublayer.index)
     arms = Counter(sublayer.exit for sublayer in graph.stream.sublayers)

@@ -1,9 +1,6 @@
 """What a branch of the residual stream does, by the operators in it: attention, MLP and others.
 
 The rules work on canonical operators and on the operators of a freshly captured graph alike.
-
-References:
-    `methods/structure.md`, section 1.1, step 6.
 """
 
 from __future__ import annotations

@@ -3,9 +3,6 @@
 Only *data* edges count: an edge carries data if the value is a tensor or a sequence of tensors.
 Integers made from shapes don't count, or every mask and every table of positions would descend
 from the residual stream whose length it reads.
-
-References:
-    `methods/structure.md`, section 1.1, step 1.
 """
 
 from __future__ import annotations

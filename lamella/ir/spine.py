@@ -2,9 +2,6 @@
 
 A residual add is an `add` of two values of one shape, one of which (the shortcut) is an ancestor
 of the other (the branch), with a contraction on the way. Nothing here looks at names.
-
-References:
-    `methods/structure.md`, section 1.1, steps 2 to 5.
 """
 
 from __future__ import annotations

@@ -6,9 +6,6 @@ pre-norm ``x + f(norm(x))``, post-norm ``norm(x + f(x))``, norms on both sides, 
 parallel arms ``x + f(x) + g(x)``, activations after the add (ResNet), projected shortcuts,
 stages of different width, and several streams (encoder and decoder, two towers). Names of
 weights label the blocks; no decision hangs on them.
-
-References:
-    `methods/structure.md`, section 1.
 """
 
 from __future__ import annotations
