@@ -394,12 +394,12 @@ def test_a_file_in_the_place_of_the_folder_is_told_at_once(tmp_path):
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bits(tmp_path):
-    command = [sys.executable, "-m", "tests.unit.killed_chain", str(tmp_path), "3", "32", "4"]
+    sizes = ["--kills", "3", "--width", "32", "--blocks", "4", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.unit.killed_chain", *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    first, *others = done.stdout.splitlines()
-    _, digest = first.split()
+    first, *others, _, last = done.stdout.splitlines()
+    digest = first.removeprefix("uninterrupted: ")
     assert len(others) == 3
     for line in others:
-        _, killed, after = line.split()
-        assert killed == "True"
-        assert after == digest
+        assert line.endswith(f"of 4 blocks, {digest}")
+    assert last == "3 processes killed, 3 with the same sha256"
