@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from benchmarks.record import Result
 from benchmarks.scores.cases import Case, outputs
 from benchmarks.scores.judged import BUDGETS, BitsTruth, Table, interval
 from benchmarks.scores.truth import Measured, bit_losses, measured_on_unseen
-from benchmarks.scores.work import Work, uncounted, work_of
+from benchmarks.scores.work import counted, timed
 from benchmarks.zoo.cache import ROOT
 from lamella.errors import LamellaError
 from lamella.ir.quantize import Format
 from lamella.passes.base import Analyses
 from lamella.passes.scores import BitScore, bit_score
+from lamella.passes.scores.prior import ZdBits
 from lamella.passes.scores.registry import BIT_SCORES
 from lamella.passes.scores.relevance_bits import RelevanceBits
 
@@ -29,11 +31,20 @@ logger = logging.getLogger(__name__)
 
 FORMATS = tuple(Format(bits, 64) for bits in (2, 4, 8))
 RANDOM_SEEDS = 10
-ONCE = ("kl", "hawq-eigenvalue")
-"""Scores that cost a hundred forwards: one set of samples is enough of them."""
 
 EQUAL = 3.0
 """Forward runs of all samples that the scores of the second table may take."""
+
+KEPT = "products, times"
+"""What files hold beside the losses; those with something else are not read."""
+
+ZD_VARIANTS: tuple[Mapping[str, Any], ...] = (
+    {"both_sides": True},
+    {"pooled": False},
+    {"both_sides": True, "pooled": False},
+    {"threshold": 2.0},
+)
+"""The ways to count that implementations of ZD differ in, beside that of the paper."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +53,15 @@ class Found:
 
     Attributes:
         losses: Weight -> format -> score.
-        forwards: Work in forward runs of the whole set of samples; counted for the first set.
-        seconds: Of one core.
+        forwards: Products of matrices in forward runs of the whole set of samples; counted for
+            the first set alone.
+        times: Time of one core in those of forward runs of the whole set just before and after;
+            taken for the other sets, where nothing is counted.
     """
 
     losses: Table
     forwards: float
-    seconds: float
+    times: float
 
 
 Builder = Callable[[int], BitScore]
@@ -57,6 +70,10 @@ Builder = Callable[[int], BitScore]
 def builders(case: Case) -> dict[str, Builder]:
     """Label -> the score for a seed, on all sequences of a set unless it takes fewer itself."""
     found: dict[str, Builder] = {name: _registered(name, case) for name in BIT_SCORES}
+    found["fisher draws=1"] = lambda seed: _with(found["fisher"](seed), {"draws": 1})
+    for options in ZD_VARIANTS:
+        told = " ".join(f"{name}={value}" for name, value in options.items())
+        found[f"zd {told}"] = _zd(options)
     for preset in ("gradient", "relp", "attnlrp", "cp"):
         found[f"relevance preset={preset} draws=1"] = _relevance(case, preset, "drawn")
     found["relevance start=logit"] = _relevance(case, "gradient", "logit")
@@ -80,13 +97,17 @@ def _relevance(case: Case, preset: str, start: str) -> Builder:
     return build
 
 
+def _zd(options: Mapping[str, Any]) -> Builder:
+    return lambda _: ZdBits(FORMATS, **options)
+
+
 def _smaller(score: BitScore, option: str, most: int) -> BitScore:
     """`score` with one of its options at most `most`, if it has it."""
     now = getattr(score, option, None)
     return score if now is None or now <= most else _with(score, {option: most})
 
 
-def _with(score: BitScore, options: Mapping[str, int]) -> BitScore:
+def _with(score: BitScore, options: Mapping[str, Any]) -> BitScore:
     made: Any = score
     return dataclasses.replace(made, **options)
 
@@ -107,14 +128,14 @@ class Judge:
         return cls(case, measured, BitsTruth(case.graph, losses, measured.tokens))
 
     def row(self, several: Sequence[Found]) -> tuple[str, str, str, float, float]:
-        """Spearman, that within a width, regret, forwards and seconds of one score."""
+        """Spearman, that within a width, regret, and what it costs in products and in time."""
         figures = (
             interval([measure(one.losses) for one in several])
             for measure in (self.truth.rank, self.truth.rank_within, self.truth.regret)
         )
-        first = several[0]
         rank, within, regret = map(str, figures)
-        return rank, within, regret, first.forwards, first.seconds
+        times = statistics.median(one.times for one in several[1:])
+        return rank, within, regret, several[0].forwards, times
 
 
 def found_of(case: Case, score: BitScore, seed: int) -> Found:
@@ -122,31 +143,33 @@ def found_of(case: Case, score: BitScore, seed: int) -> Found:
     path = _path(case, score, seed)
     if not path.exists():
         samples = case.seen[seed % len(case.seen)]
-        # To count takes time, and is the same for every set.
-        count = work_of if seed == 0 else uncounted
-        _, whole = count(lambda: outputs(case.graph, samples.batches))
-        report, work = count(lambda: Analyses(case.graph, samples).get(score))
-        _keep(path, report.losses, work, whole)
+        # To count takes time itself, and is the same for every set.
+        cost = counted if seed == 0 else timed
+        report, *spent = cost(
+            lambda: Analyses(case.graph, samples).get(score),
+            lambda: outputs(case.graph, samples.batches),
+        )
+        _keep(path, report.losses, *spent)
     data = json.loads(path.read_text())
     losses = {
         name: dict(zip(FORMATS, values, strict=True)) for name, values in data["losses"].items()
     }
-    return Found(losses, data["forwards"], data["seconds"])
+    return Found(losses, data["forwards"], data["times"])
 
 
 def _path(case: Case, score: BitScore, seed: int) -> Path:
     """Where a score is kept: its options, the module that defines it, and what it is run on."""
     source = Path(inspect.getfile(type(score))).read_bytes()
     parts = [repr(score).encode(), source, case.seen[seed % len(case.seen)].digest.encode()]
-    key = hashlib.sha256(b"|".join(parts))
+    key = hashlib.sha256(b"|".join([*parts, KEPT.encode()]))
     return ROOT.parent / "scores" / f"{case.name}-{score.name}-{key.hexdigest()[:16]}.json"
 
 
-def _keep(path: Path, losses: Table, work: Work, whole: Work) -> None:
+def _keep(path: Path, losses: Table, forwards: float, times: float) -> None:
     data = {
         "losses": {name: [by_format[f] for f in FORMATS] for name, by_format in losses.items()},
-        "forwards": work.flops / whole.flops if whole.flops else 0.0,
-        "seconds": work.seconds,
+        "forwards": forwards,
+        "times": times,
     }
     aside = path.with_suffix(".aside")
     aside.write_text(json.dumps(data))
@@ -159,7 +182,7 @@ def rows_of(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...]]:
     for label, build in builders(judge.case).items():
         if only and label not in only:
             continue
-        seeds = RANDOM_SEEDS if label == "random" else _sets(judge.case, label)
+        seeds = RANDOM_SEEDS if label == "random" else len(judge.case.seen)
         row = _row(judge, label, [build(seed) for seed in range(seeds)])
         if row is not None:
             rows[label] = row
@@ -172,7 +195,7 @@ def equal_rows(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...
     for label, build in builders(judge.case).items():
         if (only and label not in only) or not build(0).needs_samples:
             continue
-        seeds = range(_sets(judge.case, label))
+        seeds = range(len(judge.case.seen))
         cut = _cut(judge.case, build(0))
         if cut is not None:
             several = [_with(build(seed), cut) for seed in seeds]
@@ -180,10 +203,6 @@ def equal_rows(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...
             if row is not None:
                 rows[" ".join([label, *(f"{k}={v}" for k, v in cut.items())])] = row
     return rows
-
-
-def _sets(case: Case, label: str) -> int:
-    return 1 if label in ONCE else len(case.seen)
 
 
 def _cut(case: Case, score: BitScore) -> dict[str, int] | None:
@@ -222,7 +241,7 @@ def table(
     rows = [
         (label, *(cell for one in found for cell in one.get(label, missing))) for label in labels
     ]
-    parts = ("Spearman", "within a width", "regret", "forwards", "s")
+    parts = ("Spearman", "within a width", "regret", "products", "time")
     described = ", ".join(
         f"{case.name}: {len(case.unseen)} unseen sequences, scores from {len(case.seen)} set(s) "
         f"of {case.sequences}"
@@ -235,12 +254,17 @@ def table(
         rows,
         (
             f"{described}. Blocks of 64, inputs rounded to 8 bits. Means over disjoint "
-            f"sets of samples (random: {RANDOM_SEEDS} seeds; {', '.join(ONCE)}: one set) and [95 % "
-            "of sets and of unseen sequences drawn with replacement].",
+            f"sets of samples, each with a seed of its own (random: {RANDOM_SEEDS} seeds), and "
+            "[95 % of sets and of unseen sequences drawn with replacement].",
+            "Scores of blocks (lim, zd, luq, owl, ends) and of branches (similarity) are priors: "
+            "scaled to [0.1, 1] and multiplied by the relative error of the weight in a width, as "
+            "allocate-bits does; hawq multiplies the mean curvature by the squared error, as its "
+            "paper does.",
             "Regret: measured loss (single changes, added) of the plans that a score chooses at "
             f"{', '.join(f'{b:g}' for b in BUDGETS)} bits, over that of the best plans, minus 1.",
-            "forwards: products of matrices, in forward runs of all samples of a set; s: seconds "
-            "of one core, of the first set.",
+            "products, time: products of matrices, and time of one core, in those of a forward "
+            "run of all samples of a set; times are medians, each beside forward runs just before "
+            "and after.",
             "Rows with - were not run for that model.",
         ),
     )

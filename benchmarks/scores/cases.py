@@ -21,8 +21,8 @@ from lamella.ir.graph import Graph
 from lamella.ir.segments import program
 from lamella.passes.scores.target import loss_target
 
-SETS = {"vit": 3, "minilm": 2, "lm": 1}
-"""How many disjoint sets of samples every score is computed from."""
+SETS = 3
+"""Disjoint sets of samples that every score is computed from."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ class Case:
 def vit() -> Case:
     """The digits ViT: 64 images for each set, 200 to measure on."""
     shown, hidden = digits("calibration")[0], digits("test")[0][:200]
-    count = len(shown) // SETS["vit"]
-    seen = [
-        [{"pixel_values": c} for c in part.split(16)] for part in _parts(shown, count, SETS["vit"])
-    ]
+    count = len(shown) // SETS
+    seen = [[{"pixel_values": c} for c in part.split(16)] for part in _parts(shown, count, SETS)]
     graph = lamella.capture(digits_vit(), seen[0][0])
     unseen = tuple({"pixel_values": image} for image in hidden.split(1))
     return Case("vit", graph, tuple(map(Samples.of, seen)), count, unseen)
@@ -66,9 +64,9 @@ def minilm() -> Case:
         given = source.tokenizer(texts, padding=True, return_tensors="pt")  # type: ignore[misc]
         return {name: given[name] for name in names}
 
-    texts = sentences(96 + SETS["minilm"] * count)
+    texts = sentences(96 + SETS * count)
     unseen = tuple(tokenized([text]) for text in texts[:96])
-    parts = [texts[96 + seed * count :][:count] for seed in range(SETS["minilm"])]
+    parts = [texts[96 + seed * count :][:count] for seed in range(SETS)]
     seen = [Samples.of([tokenized(part[:16]), tokenized(part[16:])]) for part in parts]
     return Case("minilm", source.graph, tuple(seen), count, unseen)
 
@@ -77,9 +75,9 @@ def language() -> Case:
     """The language model: 16 rows of 128 tokens for each set, 24 rows of other files."""
     folder, count = language_model(), 16
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    shown = windows(tokenizer, "calibration", 128, SETS["lm"] * count)
+    shown = windows(tokenizer, "calibration", 128, SETS * count)
     hidden = windows(tokenizer, "test", 128, 24)
-    seen = [list(map(_rows, part.split(8))) for part in _parts(shown, count, SETS["lm"])]
+    seen = [list(map(_rows, part.split(8))) for part in _parts(shown, count, SETS)]
     graph = lamella.capture(folder, seen[0][0])
     return Case(
         "lm", graph, tuple(map(Samples.of, seen)), count, tuple(map(_rows, hidden.split(1)))

@@ -1,10 +1,10 @@
-"""What a score costs: products of matrices in forward runs, and seconds of one core."""
+"""What a score costs, in forward runs: by products of matrices, and by time of one core."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,31 +15,43 @@ T = TypeVar("T")
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Work:
-    """What something took.
+BESIDE = 2
+"""Forward runs before and after a score that is timed."""
 
-    Attributes:
-        flops: Of products of matrices, convolutions and attention.
-        seconds: Of one core, whoever else used the machine.
+
+def counted(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float, float]:
+    """What `run` gives, and its products over those of `forward`; no time is taken."""
+    whole = _products(forward)[1]
+    found, flops = _products(run)
+    return found, flops / whole, 0.0
+
+
+def timed(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float, float]:
+    """What `run` gives, and its time over that of `forward`; nothing is counted.
+
+    Times are of one core, whoever else uses the machine, and those of `forward` are taken
+    just before and after: the same load makes both slower.
     """
+    forward()
+    beside = [_seconds(forward) for _ in range(BESIDE)]
+    started = time.process_time()
+    found = run()
+    taken = time.process_time() - started
+    beside += [_seconds(forward) for _ in range(BESIDE)]
+    return found, 0.0, taken / statistics.median(beside)
 
-    flops: float
-    seconds: float
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.process_time()
+    run()
+    return time.process_time() - started
 
 
-def work_of(run: Callable[[], T]) -> tuple[T, Work]:
-    """What `run` gives, and what it took; counting adds a little to the seconds."""
-    counter, started = _Counter(), time.process_time()
+def _products(run: Callable[[], T]) -> tuple[T, float]:
+    counter = _Counter()
     with counter:
         found = run()
-    return found, Work(counter.flops, time.process_time() - started)
-
-
-def uncounted(run: Callable[[], T]) -> tuple[T, Work]:
-    """What `run` gives, and its seconds."""
-    started = time.process_time()
-    return run(), Work(0.0, time.process_time() - started)
+    return found, counter.flops
 
 
 class _Counter(TorchDispatchMode):
