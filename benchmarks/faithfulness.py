@@ -25,9 +25,8 @@ from benchmarks.sentences import sentences
 from benchmarks.zoo.digits import digits, digits_cnn, digits_vit
 from lamella import api, faithfulness
 from lamella.ir.graph import Graph
+from lamella.rules.relevance.presets import PRESETS
 
-TRANSFORMER = ("gradient", "cp", "attnlrp", "relp", "gamma")
-CONVOLUTIONAL = ("gradient", "gamma", "eps-plus", "alpha2-beta1")
 PATCH, STEPS = 4, 16
 
 
@@ -44,7 +43,6 @@ class Task:
         score: One number for each sample.
         remove: Takes units out.
         units: From relevance of the input to one number for each unit.
-        presets: Rules made for the model.
     """
 
     name: str
@@ -55,7 +53,6 @@ class Task:
     score: faithfulness.Score
     remove: faithfulness.Remove
     units: Callable[[Tensor], Tensor]
-    presets: tuple[str, ...]
 
 
 def main() -> None:
@@ -79,7 +76,7 @@ def measured(task: Task) -> Iterator[tuple[object, ...]]:
     """A row for each preset and for a random order."""
     name = task.graph.signature.inputs[0]
     with torch.no_grad():
-        for preset in task.presets:
+        for preset in PRESETS:
             found = lamella.explain(task.graph, task.given, target=task.seed, preset=preset)
             rules = "input times gradient" if preset == "gradient" else preset
             yield (task.name, rules, *_figures(task, task.units(found.inputs[name])))
@@ -101,12 +98,12 @@ def _figures(task: Task, relevance: Tensor) -> Iterator[str]:
 
 def tasks(count: int) -> Iterator[Task]:
     """The digits, by a vision transformer and a residual network, and sentences."""
-    yield _images("digits ViT", digits_vit(), count, TRANSFORMER)
-    yield _images("digits CNN", digits_cnn(), count, CONVOLUTIONAL)
+    yield _images("digits ViT", digits_vit(), count)
+    yield _images("digits CNN", digits_cnn(), count)
     yield _sentences(count)
 
 
-def _images(name: str, folder: Path, count: int, presets: tuple[str, ...]) -> Task:
+def _images(name: str, folder: Path, count: int) -> Task:
     pixels = digits("test")[0][:count]
     graph = lamella.capture(folder, {"pixel_values": pixels})
     name_of = graph.signature.inputs[0]
@@ -127,7 +124,6 @@ def _images(name: str, folder: Path, count: int, presets: tuple[str, ...]) -> Ta
         score,
         faithfulness.fill_patches(PATCH, 0.0),
         lambda relevance: faithfulness.patches_of(relevance, PATCH),
-        presets,
     )
 
 
@@ -169,7 +165,6 @@ def _sentences(count: int) -> Task:
         score,
         remove,
         lambda relevance: relevance.sum(-1).masked_fill(special, 0.0),
-        TRANSFORMER,
     )
 
 
