@@ -7,6 +7,7 @@ backend can't lower) is checked before anything that takes long.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,10 @@ from lamella.recipe import parse_analysis, parse_passes, recipe_of
 from lamella.report import Memory, Report
 from lamella.rewrite.canonicalize import canonicalize
 from lamella.tuning.measured import latencies
-from lamella.tuning.probes import warnings_of
+from lamella.tuning.offered import offered
 from lamella.tuning.tuner import Tuner, Tuning
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -105,7 +108,7 @@ def lower(
         graph: From `capture`.
         backend: ``"onnxruntime"``, ``"eager"``, ``"aot"``, one of a plugin, or an object.
         strict: Make it an error when a language model can't be lowered with its cache, and so
-            could not generate.
+            could not generate, or when a kernel that it needs is wrong or slow on this machine.
 
     Raises:
         BackendError: There is no such backend, something it needs is missing, or it can't run
@@ -114,7 +117,11 @@ def lower(
     """
     lowering = find_backend(backend)
     lowering.ensure_available()
-    return generation.lower_any(graph, lowering, strict=strict)
+    lowering.check(graph)
+    found = offered(graph, lowering, strict=strict)
+    for text in found.remarks:
+        logger.warning("%s", text)
+    return generation.lower_any(found.graph, found.backend, strict=strict)
 
 
 def compile(  # noqa: PLR0913  (the public signature)
@@ -243,10 +250,12 @@ class Compilation:
         if self.latency is not None:
             self.stage("measuring latency")
             report = report.extended(latency=self.latency.measured(lowering))
+        self.stage("trying kernels")
+        found = offered(source.graph, lowering, self.store, strict=self.strict)
+        report = report.extended(remarks=found.remarks)
         self.stage(f"lowering to {lowering.name}")
-        executable = generation.lower_any(source.graph, lowering, report, strict=self.strict)
-        self._add_latencies(executable, source.graph)
-        self._add_probes(executable, source.graph, lowering)
+        executable = generation.lower_any(found.graph, found.backend, report, strict=self.strict)
+        self._add_latencies(executable, found.graph)
         if executable.report is not None:
             memory = Memory(before, peak_bytes())
             executable.report = dataclasses.replace(executable.report, memory=memory)
@@ -278,13 +287,6 @@ class Compilation:
             found = tuple(latencies(executable, graph, self.tuner))
             told = (*self.tuner.take_notes(), *self.tuner.take_problems())
             executable.report = executable.report.extended(latency=found, remarks=told)
-
-    def _add_probes(self, executable: Executable, graph: Graph, lowering: Backend) -> None:
-        """What speaks against the kernels in use, on this machine."""
-        if executable.report is not None:
-            self.stage("trying kernels")
-            told = warnings_of(graph, lowering, self.store)
-            executable.report = executable.report.extended(remarks=told)
 
 
 def find_backend(backend: str | Backend) -> Backend:

@@ -154,9 +154,12 @@ class Backend(abc.ABC):
 
     Attributes:
         name: How users ask for it.
+        slow_kernels: Use kernels that are slower than floats on this machine too, for the sake
+            of memory; wrong ones never.
     """
 
     name: ClassVar[str]
+    slow_kernels: bool = False
 
     @abc.abstractmethod
     def unsupported(self, graph: Graph) -> dict[str, int]:
@@ -202,6 +205,13 @@ class Backend(abc.ABC):
     def formats(self) -> Sequence[QuantFormat]:
         """The formats of weights that it has kernels for; none where nobody says."""
         return ()
+
+    def without(self, format: QuantFormat) -> Backend | None:
+        """A backend that runs a format exactly without its kernel; None where it can't.
+
+        Layers of the format become layers of floats then.
+        """
+        return None
 
     @final
     def check(self, graph: Graph) -> None:

@@ -38,7 +38,12 @@ def list_formats(
         stage("trying kernels")
         lowering = api.find_backend(backend)
         lowering.ensure_available()
-        prober = probes.Prober(lowering, store, again=again)
+        prober = probes.Prober(
+            lowering,
+            store,
+            again=again,
+            progress=lambda done, total: stage(f"trying kernels, {done} of {total} done"),
+        )
         found = prober.probes()
     for problem in prober.problems:
         err.print(f"warning: {problem}", style="yellow", markup=False)

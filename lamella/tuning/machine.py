@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 import re
 from pathlib import Path
 
+import torch
+
+from lamella.backends.base import Backend
 from lamella.backends.onnxruntime.threads import physical_cores
 
 TABLE_VERSION = 1
 """Of the way kernels are measured; figures of another version are not used."""
+
+_SAME_KERNELS = frozenset({"threads", "scratch", "slow_kernels"})
+"""Options of backends that change no kernel, or are told apart."""
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -25,8 +32,29 @@ def machine() -> str:
     return f"{_processor()}, {cores} core{'s' if cores > 1 else ''}"
 
 
-def environment(backend: str, threads: int) -> str:
+def environment_of(backend: Backend) -> str:
     """What figures have to agree in: machine, backend, threads and versions."""
+    threads = getattr(backend, "threads", None)
+    if threads is None:
+        # Threads of PyTorch can be set; those of ONNX Runtime are as many as there are cores.
+        merges = backend.name == "onnxruntime"
+        threads = physical_cores() if merges else torch.get_num_threads()
+    return environment(label_of(backend), threads)
+
+
+def label_of(backend: Backend) -> str:
+    """The backend, with those of its options that choose other kernels and are not the default."""
+    told = [backend.name]
+    if dataclasses.is_dataclass(backend):
+        for field in dataclasses.fields(backend):
+            value = getattr(backend, field.name)
+            if field.name not in _SAME_KERNELS and value != field.default:
+                told.append(f"{field.name}={value}")
+    return " ".join(told)
+
+
+def environment(backend: str, threads: int) -> str:
+    """`environment_of` a backend that is named as in `label_of`."""
     versions = ", ".join(f"{name} {version}" for name in _PACKAGES if (version := _version(name)))
     return f"{machine()}; {backend}, {threads} threads; {versions}; table {TABLE_VERSION}"
 

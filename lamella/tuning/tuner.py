@@ -10,10 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import final
 
-import torch
-
 from lamella.backends.base import Backend
-from lamella.backends.onnxruntime.threads import physical_cores
 from lamella.errors import BackendError
 from lamella.ir import ops
 from lamella.ir.graph import Graph
@@ -24,7 +21,7 @@ from lamella.passes.instruments import Instrument, Step
 from lamella.passes.products import kernels_of, products_of
 from lamella.passes.times import Kernel, Times, Workload
 from lamella.tuning.chain import MadeUp
-from lamella.tuning.machine import cache_bytes, environment
+from lamella.tuning.machine import cache_bytes, environment_of
 from lamella.tuning.measure import Progress, measure_kernels
 from lamella.tuning.stand_in import stand_in, uniform
 from lamella.tuning.store import Contents, Store, user_store
@@ -130,10 +127,7 @@ class Tuner(Times):
 
     @cached_property
     def _store(self) -> Store:
-        threads = getattr(self.backend, "threads", None)
-        if threads is None:
-            threads = physical_cores() if self.merges else torch.get_num_threads()
-        return Store(self._folder, environment(_label(self.backend), threads))
+        return Store(self._folder, environment_of(self.backend))
 
     @cached_property
     def _held(self) -> Contents:
@@ -225,13 +219,6 @@ def _try(call: Call, workload: Workload) -> None:
     except BackendError as error:
         error.add_note(f"a call of {workload} was timed; ask for another with rows= and past=")
         raise
-
-
-def _label(backend: Backend) -> str:
-    """The backend, with those of its options that choose other kernels."""
-    provider = getattr(backend, "provider", "")
-    plain = "" if getattr(backend, "contrib", True) else "without contrib"
-    return " ".join(part for part in (backend.name, provider, plain) if part)
 
 
 def _digest(graph: Graph) -> str:

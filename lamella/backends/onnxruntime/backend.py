@@ -50,6 +50,7 @@ class OnnxRuntimeBackend(Backend):
         contrib: Use the operators that ONNX Runtime adds to ONNX.
         scratch: Where models are written before they are saved; None means the folder for
             temporary files.
+        slow_kernels: Use kernels that are slower than floats on this machine too.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -59,6 +60,7 @@ class OnnxRuntimeBackend(Backend):
     opset: int = 23
     contrib: bool = True
     scratch: Path | None = None
+    slow_kernels: bool = False
 
     def ensure_available(self) -> None:
         """Refuse at once when the package or the provider is missing.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,8 @@ from lamella.ir.signature import Signature
 from lamella.report import Report
 
 lam = torch.ops.lamella
+
+_INTEGERS = (lam.linear_int8.default, lam.linear_int8_static.default)
 
 
 class EagerExecutable(Executable):
@@ -67,7 +69,9 @@ class EagerExecutable(Executable):
     def write_files(self, folder: Path) -> Mapping[str, Any]:
         """Write the portable graph."""
         self._portable.write(folder)
-        return {"bfloat16": True} if self.lowered.kernels.bfloat16 else {}
+        allowed = self.lowered.kernels
+        told = {"bfloat16": True} if allowed.bfloat16 else {}
+        return told if allowed.integers else told | {"integers": False}
 
     @property
     def unpacked(self) -> int:
@@ -79,15 +83,20 @@ class EagerExecutable(Executable):
 class EagerBackend(Backend):
     """Runs graphs in PyTorch as they are.
 
-    Products of 8-bit integers run in a kernel of integers where that is right and faster on this
-    machine. Other weights of few bits are unpacked once.
+    Products of 8-bit integers run in a kernel of integers where there is one that is right. Other
+    weights of few bits are unpacked once.
 
     Attributes:
         bfloat16: Let linear layers multiply in bfloat16, with weights of 4 bits in a kernel of
             their own. The results are approximations: bfloat16 has 8 bits of precision.
+        integers: Multiply integers in the kernel of oneDNN; otherwise they are held as floats,
+            in which their products are as exact.
+        slow_kernels: Use kernels that are slower than floats on this machine too.
     """
 
     bfloat16: bool = False
+    integers: bool = True
+    slow_kernels: bool = False
 
     name: ClassVar[str] = "eager"
 
@@ -124,13 +133,21 @@ class EagerBackend(Backend):
         signature = Signature.from_json(described.signature)
         portable = Portable.read(artifact.folder)
         bfloat16 = self.bfloat16 or bool(described.details.get("bfloat16"))
-        allowed = Kernels(not no_integer_products(), bfloat16)
+        integers = self.integers and described.details.get("integers") is not False
+        allowed = Kernels(integers and not no_integer_products(), bfloat16)
         return EagerExecutable(portable, signature, report, allowed)
+
+    def without(self, format: QuantFormat) -> EagerBackend | None:
+        """Products of integers are exact in floats too; other formats have one route."""
+        if self.bfloat16 or not self.integers or format.operator not in _INTEGERS:
+            return None
+        return replace(self, integers=False)
 
     def _kernels(self, graph: Graph) -> Kernels:
         """What may be used; kernels are tried only where there is something for them."""
-        wanted = graph.find(lam.linear_int8.default, lam.linear_int8_static.default)
-        return Kernels(bool(wanted) and not no_integer_products(), self.bfloat16)
+        wanted = self.integers and bool(graph.find(*_INTEGERS))
+        allowed = self.integers and not (wanted and no_integer_products())
+        return Kernels(allowed, self.bfloat16)
 
 
 def bfloat16_backend() -> EagerBackend:

@@ -1,15 +1,12 @@
 """Kernels of PyTorch for weights of 4 and 8 bits on the processor.
 
-Products of 8-bit integers (oneDNN) are exact, and are used wherever they are right and faster on
-this machine. Those that multiply in bfloat16 are approximations, for who asks for them.
+Products of 8-bit integers (oneDNN) are exact, and are used wherever they are right. Those
+that multiply in bfloat16 are approximations, for who asks for them.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,8 +22,7 @@ INT4_BLOCKS = (32, 64, 128)
 _INT4_ROWS = 16
 _INT8_COLUMNS = 64
 _MIDDLE = 128
-_PROBE = (1024, 16)
-_ROUNDS = 7
+_TRIED = (128, 4)
 
 
 def int4_obstacle(outputs: int) -> str:
@@ -86,37 +82,22 @@ def _product(codes: Tensor, grid: tuple[float, int], packed: Tensor, scales: Ten
 
 @functools.cache
 def no_integer_products() -> str:
-    """Why products of integers are not for this machine, or nothing; tried once a process."""
+    """Why the kernel of integers can't be used here, or nothing; tried once a process.
+
+    How fast it is, is for `lamella.tuning.probes` to say.
+    """
     if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return "this PyTorch has no oneDNN"
-    width, rows = _PROBE
+    width, rows = _TRIED
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (width, width), generator=generator, dtype=torch.int8)
-    scales, input = torch.rand(width, generator=generator), torch.randn(rows, width)
-    packed, dense = packed_integers(codes), codes.float()
-    got = linear_rows(input, packed, scales, None)
+    scales = torch.rand(width, generator=generator)
+    input = torch.randn(rows, width, generator=generator)
+    got = linear_rows(input, packed_integers(codes), scales, None)
     want = linear_int8(input, codes, scales, None, True)
     off = float((got - want).abs().max() / want.abs().max())
     # Sums of integers are exact; what is left is the order of two products.
-    if not off < 1e-6:
-        return f"the kernel of oneDNN is off by {off:.2g} of the largest result"
-    taken = _medians(
-        lambda: linear_rows(input, packed, scales, None),
-        lambda: functional.linear(input, dense),
-    )
-    if taken[0] >= taken[1]:
-        return f"{taken[0] * 1e3:.2g} ms instead of {taken[1] * 1e3:.2g} ms with floats"
-    return ""
-
-
-def _medians(*calls: Callable[[], object]) -> list[float]:
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(_ROUNDS):
-        for place, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            seconds[place].append(time.perf_counter() - start)
-    return [statistics.median(one[1:]) for one in seconds]
+    return "" if off < 1e-6 else f"the kernel of oneDNN is off by {off:.2g} of the largest result"
 
 
 # ---- bfloat16 ---------------------------------------------------------------------------------
