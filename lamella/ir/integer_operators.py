@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lamella.ir.operators import define
+from lamella.ir.operators import define, exact
 
 TOP = 255
 """The largest code of an activation."""
@@ -33,14 +33,15 @@ def linear_int8_static(
     Args:
         input: ``[..., in]``.
         weight: Codes as int8, ``[out, in]``; entry ``[o, i]`` stands for ``scales[o] * code``.
+            The references take codes as floats too (see `lamella.ir.operators.exact`).
         scales: float32, ``[out]``.
         bias: ``[out]`` or None.
         step: Step of the input, positive; read as float32.
         zero: Code of the input's zero, in [0, 255].
     """
     codes = static_codes(input, step, zero)
-    # Sums of products of 8 bits are integers, which float64 holds exactly.
-    total = functional.linear(codes.double(), weight.double()).float()
+    held = exact(weight)
+    total = functional.linear(codes.to(held.dtype), held).float()
     result = total * (_float32(step) * scales)
     return (result if bias is None else result + bias).to(input.dtype)
 
@@ -82,10 +83,11 @@ def conv_int8(  # noqa: PLR0913  (the arguments of the operator)
         out_zero: Likewise.
     """
     factors = _float32(step) * scales
-    codes = static_codes(input, step, zero).double()
+    held = exact(weight)
+    codes = static_codes(input, step, zero).to(held.dtype)
     convolve = functional.conv1d if weight.ndim == 3 else functional.conv2d
-    shift = None if bias is None else integer_bias(bias, factors).double()
-    total = convolve(codes, weight.double(), shift, stride, padding, dilation, groups).float()
+    shift = None if bias is None else integer_bias(bias, factors).to(held.dtype)
+    total = convolve(codes, held, shift, stride, padding, dilation, groups).float()
     ratio = (factors / _float32(out_step)).reshape(-1, *[1] * (weight.ndim - 2))
     out = ((total * ratio).round() + out_zero).clamp(0, TOP)
     return ((out - out_zero) * _float32(out_step)).to(input.dtype)

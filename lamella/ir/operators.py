@@ -92,6 +92,7 @@ def linear_int8(
     Args:
         input: ``[..., in]``.
         weight: Codes as int8, ``[out, in]``; entry ``[o, i]`` stands for ``scales[o] * code``.
+            The reference takes codes as floats too (see `exact`).
         scales: float32, ``[out]``.
         bias: ``[out]`` or None.
         per_row: Round each row with a scale of its own, symmetric (see `rounded_rows`); otherwise
@@ -103,10 +104,19 @@ def linear_int8(
     else:
         codes, step = rounded_tensor(input)
         step, factors = None, step * scales
-    # Sums of products of 8 bits are integers, which float64 holds exactly.
-    total = torch.nn.functional.linear(codes.double(), weight.double()).float() * factors
+    held = exact(weight)
+    total = torch.nn.functional.linear(codes.to(held.dtype), held).float() * factors
     total = total if step is None else total * step
     return (total if bias is None else total + bias).to(input.dtype)
+
+
+def exact(codes: Tensor) -> Tensor:
+    """Codes of 8 bits as floats whose sums of products are exact.
+
+    float64 holds sums of any length; a backend may give codes as float32, which holds those of
+    up to 1024 of the largest products.
+    """
+    return codes if codes.is_floating_point() else codes.double()
 
 
 SMALLEST_STEP = 1e-30

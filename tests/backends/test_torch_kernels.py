@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lamella
-from lamella.backends.torch import kernels, lowered, wide
+from lamella.backends.torch import kernels, lowered
 from lamella.backends.torch.eager import EagerBackend
 from lamella.backends.torch.narrow import from_text
 from lamella.backends.torch.portable import WEIGHTS
@@ -49,7 +49,7 @@ def test_products_of_integers_are_exact(shape: tuple[int, int, int]) -> None:
             linear_int8_static(x, codes, scales, bias, 0.02, 117),
         ),
         (
-            wide.linear_int8_static(x, codes.float(), scales, bias, 0.02, 117),
+            linear_int8_static(x, codes.float(), scales, bias, 0.02, 117),
             linear_int8_static(x, codes, scales, bias, 0.02, 117),
         ),
     ]

@@ -19,6 +19,8 @@ from torch.fx import Node
 from lamella.backends.torch import kernels, wide
 from lamella.errors import ArtifactError
 from lamella.ir import ops
+from lamella.ir.integer_operators import conv_int8, linear_int8_static
+from lamella.ir.operators import linear_int8
 from lamella.ir.packing import dequantize, unpack
 from lamella.ir.storage import set_tensor
 
@@ -140,7 +142,7 @@ def _linear_int8(state: Lowered, node: Node) -> None:
         _swap(node, kernels.linear_int8_weights, (input, weight, scales, bias))
         state.counts[INT8] += 1
     else:
-        _swap(node, wide.linear_int8, (input, _wide(state, weight), scales, bias, per_row))
+        _swap(node, linear_int8, (input, _wide(state, weight), scales, bias, per_row))
 
 
 def _linear_int8_static(state: Lowered, node: Node) -> None:
@@ -148,12 +150,12 @@ def _linear_int8_static(state: Lowered, node: Node) -> None:
     if state.kernels.integers:
         _swap(node, kernels.linear_static, (input, _integers(state, weight), *rest))
     else:
-        _swap(node, wide.linear_int8_static, (input, _wide(state, weight), *rest))
+        _swap(node, linear_int8_static, (input, _wide(state, weight), *rest))
 
 
 def _conv_int8(state: Lowered, node: Node) -> None:
     input, weight, *rest = ops.bind(node).values()
-    _swap(node, wide.conv_int8, (input, _wide(state, weight), *rest))
+    _swap(node, conv_int8, (input, _wide(state, weight), *rest))
 
 
 def _embedding_nbits(state: Lowered, node: Node) -> None:
