@@ -19,6 +19,7 @@ from lamella.passes.analyses.relevance import Relevance
 from lamella.passes.analyses.spikes import Spikes
 from lamella.passes.analyses.z_score_distribution import ZScoreDistribution
 from lamella.passes.base import Analysis, Transform
+from lamella.passes.scores.integer_products import IntegerProducts
 from lamella.passes.scores.relevance_of_parts import RelevanceOfParts
 from lamella.passes.scores.relevance_of_rounding import RelevanceOfRounding
 from lamella.passes.transforms.allocate_bits import AllocateBits
@@ -64,6 +65,7 @@ ANALYSES: tuple[type[Analysis[Any]], ...] = (
     Relevance,
     RelevanceOfParts,
     RelevanceOfRounding,
+    IntegerProducts,
     ZScoreDistribution,
 )
 """The built-in analyses, in the order in which they are listed."""
