@@ -129,34 +129,30 @@ def at_random(seed: int) -> Callable[[Spending], Plan]:
     return plan
 
 
-def ours(by: str, choices: str = "2,4,8", *, measure: bool = True) -> Callable[[Spending], Plan]:
-    """`allocate-bits` with a score."""
+def ours(by: str, options: str = "") -> Callable[[Spending], Plan]:
+    """`allocate-bits` with a score; without options what its defaults give."""
 
     def plan(spending: Spending) -> Plan:
         graph = spending.graph.copy()
-        options = f"budget={spending.bits + OVERHEAD} by={by} choices={choices} block={BLOCK}"
+        budget = f"budget={spending.bits + OVERHEAD} by={by} {options}"
         floors = "embedding_min=2 head_min=2 min_size=0"
-        lamella.transform(
-            graph,
-            [f"allocate-bits {options} {floors} measure={'true' if measure else 'false'}"],
-            samples=spending.samples,
-        )
+        lamella.transform(graph, [f"allocate-bits {budget} {floors}"], samples=spending.samples)
         return dict(graph.plan)
 
     return plan
 
 
 ALLOCATORS: dict[str, Callable[[Spending], Plan]] = {
+    "fisher": ours("fisher"),
+    "fisher, not measured": ours("fisher", "measure=false"),
+    "fisher, blocks of 32": ours("fisher", f"block={BLOCK}"),
+    "relevance": ours("relevance"),
     "uniform": uniform,
+    "LIM order": lim_order,
+    "position rule": position_rule,
     "random order 0": at_random(0),
     "random order 1": at_random(1),
     "random order 2": at_random(2),
-    "LIM order": lim_order,
-    "position rule": position_rule,
-    "fisher": ours("fisher"),
-    "fisher, not measured": ours("fisher", measure=False),
-    "relevance": ours("relevance"),
-    "fisher, all blocks": ours("fisher", "2/32,2/64,2/128,4/32,4/64,4/128,8/32,8/64,8/128"),
 }
 
 

@@ -141,7 +141,7 @@ def test_the_plan_fits_and_ties_hold(budget: float | str, captured: Callable[[st
 def test_predicted_loss_is_the_least_there_is(captured: Callable[[str], Graph]) -> None:
     graph = captured("vit")
     formats = [Format(bits) for bits in (2, 4, 8)]
-    _run(graph, AllocateBits(budget=5, **_TINY))
+    _run(graph, AllocateBits(budget=5, block=32, **_TINY))
 
     losses = Analyses(graph).get(bit_score("weight-error", formats)).losses
     sites = {site.weight: site for site in find_sites(graph)}

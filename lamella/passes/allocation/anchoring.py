@@ -7,7 +7,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lamella.data import Samples
@@ -49,7 +49,7 @@ def settled_on(solution: Solution, graph: Graph, analyses: Analyses, unit: str) 
     the narrowest width can be better than the one that is predicted to be. When what is taken
     still loses half more than predicted, all groups are scored once more around it: the second
     solution minimizes ``KL(plan with j -> f) - KL(plan)``, shifted so that the least of a group
-    is 0. Scoring and judging happen on different halves of the samples.
+    is 0, with one block of each width measured. Scoring and judging happen on different halves of the samples.
 
     Args:
         solution: Of the problem with predicted losses.
@@ -68,7 +68,9 @@ def settled_on(solution: Solution, graph: Graph, analyses: Analyses, unit: str) 
         return found
     ratio = found.measured / predicted if predicted > 0 else float("inf")
     told = f"measured {found.measured:.4g} is {ratio:.3g} times the predicted loss {predicted:.4g}"
-    losses = _losses_around(found.solution, Trials(graph, scoring))
+    if _has_blocks(found.solution.problem):
+        told += " (of a width one block is measured again, the others follow as predicted)"
+    losses = _losses_around(found, Trials(graph, scoring))
     again = Solution(solution.problem, solution.problem.with_losses(losses).solve().chosen)
     loss = judge.loss(again.plan) if again.chosen != found.solution.chosen else found.measured
     if loss >= found.measured:
@@ -119,18 +121,49 @@ def _halves(samples: Samples) -> tuple[Samples, Samples]:
     return Samples(first, taken.seed), Samples(second, taken.seed)
 
 
-def _losses_around(solution: Solution, trials: Trials) -> Losses:
-    """For each group, what each of its formats loses in the place of the one it has."""
-    changes: list[Mapping[str, Format]] = []
-    places: list[tuple[int, Format]] = []
-    for place, (group, formats) in enumerate(solution.problem.choices):
-        for format in formats:
-            if format != solution.formats[place]:
-                changes.append({site.weight: format for site in group})
-                places.append((place, format))
+def _losses_around(settled: Settled, trials: Trials) -> Losses:
+    """For each group, what each of its formats loses in the place of the one it has.
+
+    One block of every width is measured. What another block of that width would lose more or
+    less is as predicted, times what the plan was measured to lose over what was predicted.
+    """
+    solution = settled.solution
+    places = list(zip(solution.problem.choices, solution.formats, strict=True))
+    measured = [_one_of_each_width(formats, taken) for (_, formats), taken in places]
+    changes = [
+        {site.weight: format for site in group}
+        for ((group, _), taken), formats in zip(places, measured, strict=True)
+        for format in formats
+        if format != taken
+    ]
     unchanged = trials.loss(solution.plan)
-    around = [{format: unchanged} for format in solution.formats]
-    found = trials.losses_around(solution.plan, changes)
-    for (place, format), loss in zip(places, found, strict=True):
-        around[place][format] = loss
-    return [{f: loss - min(losses.values()) for f, loss in losses.items()} for losses in around]
+    found = iter(trials.losses_around(solution.plan, changes))
+    scale = settled.measured / solution.loss if solution.loss > 0 else 1.0
+    around: list[dict[Format, float]] = []
+    for (_, taken), formats, predicted in zip(
+        places, measured, solution.problem.losses, strict=True
+    ):
+        known = {f: unchanged if f == taken else next(found) for f in formats}
+        losses = _extended(known, predicted, scale)
+        around.append({f: loss - min(losses.values()) for f, loss in losses.items()})
+    return around
+
+
+def _one_of_each_width(formats: Sequence[Format], taken: Format) -> list[Format]:
+    """The format that is taken, and of other widths the one most like it."""
+    alike = sorted(formats, key=lambda f: (f != taken, f.block != taken.block))
+    return list({f.bits: f for f in reversed(alike)}.values())
+
+
+def _extended(
+    known: Mapping[Format, float], predicted: Mapping[Format, float], scale: float
+) -> dict[Format, float]:
+    """The losses of all formats from those of one of each width."""
+    of_width = {format.bits: format for format in known}
+    nearest = {format: of_width[format.bits] for format in predicted}
+    return {f: known[n] + scale * (predicted[f] - predicted[n]) for f, n in nearest.items()}
+
+
+def _has_blocks(problem: Problem) -> bool:
+    """Whether a group may have several formats of one width."""
+    return any(len({f.bits for f in formats}) < len(formats) for _, formats in problem.choices)

@@ -31,21 +31,28 @@ class Menu:
     frozen: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def allowed(self, group: Group) -> tuple[Format, ...]:
-        """The formats that every member may have; the widest if all are too narrow."""
+        """The formats that every member may have; the widest if all are too narrow.
+
+        A block that the columns of a member don't fill is left out where another of the same
+        width fills them: its padding takes bytes, and checkpoints can't store it.
+        """
         floor = max(
             max(self.floors.get(site.role, 0), self.frozen.get(site.weight, 0)) for site in group
         )
-        return tuple(f for f in self.formats if f.bits >= floor) or self.formats[-1:]
+        wide = tuple(f for f in self.formats if f.bits >= floor) or self.formats[-1:]
+        filled = {f.bits for f in wide if _fills(f, group)}
+        return tuple(f for f in wide if f.bits not in filled or _fills(f, group))
 
 
 def formats_of(
-    choices: Sequence[int | str], block: int, symmetric: bool, scales: str
+    choices: Sequence[int | str], block: int | None, symmetric: bool, scales: str
 ) -> tuple[Format, ...]:
     """Formats from their names: ``4``, ``"4/128"`` (bits/block), ``"4/32z"`` (with zeros).
 
     Args:
         choices: The names; a width alone has the block and the symmetry of the rest.
-        block: Weights that share a scale, where a name doesn't say.
+        block: Weights that share a scale, where a name doesn't say; None means every one of
+            `BLOCKS`.
         symmetric: Without zero points, where a name doesn't say.
         scales: ``"float16"`` or ``"float32"``.
 
@@ -57,8 +64,9 @@ def formats_of(
     """
     if scales not in SCALE_DTYPES:
         raise ValueError(f"scales must be one of {', '.join(SCALE_DTYPES)}, got {scales!r}")
-    usual = Format(4, block, symmetric, SCALE_DTYPES[scales])
-    found = {_format(str(one), usual) for one in choices}
+    blocks = BLOCKS if block is None else (block,)
+    several = [Format(4, one, symmetric, SCALE_DTYPES[scales]) for one in blocks]
+    found = {_format(str(one), usual) for one in choices for usual in several}
     if not found:
         raise ValueError(f"choices must name at least one width, of {', '.join(map(str, BITS))}")
     return tuple(sorted(found, key=_width))
@@ -74,9 +82,14 @@ def _format(text: str, usual: Format) -> Format:
             f"(blocks {', '.join(map(str, BLOCKS))}; 4/128z with zero points), got {text!r}"
         )
     if bits == 32:
-        return Format(32, usual.block, usual.symmetric, usual.scale_dtype)
+        return Format(32, BLOCKS[0], usual.symmetric, usual.scale_dtype)
     return Format(bits, block, not match[3] and usual.symmetric, usual.scale_dtype)
 
 
 def _width(format: Format) -> tuple[int, int, bool]:
     return (format.bits, weight_bytes(_ROW, format), format.symmetric)
+
+
+def _fills(format: Format, group: Group) -> bool:
+    """Whether the rows of every member are whole blocks."""
+    return all(site.shape[-1] % format.block == 0 for site in group)

@@ -104,7 +104,7 @@ class Pareto(Analysis[ParetoReport]):
 
     by: str = "fisher"
     choices: tuple[int | str, ...] = (2, 4, 8)
-    block: int = 32
+    block: int | None = None
     symmetric: bool = True
     scales: str = "float16"
     axis: Literal["bytes", "time"] = "bytes"
