@@ -1,7 +1,8 @@
 """Scores for compression beside the measured loss of each single change.
 
-``python -m benchmarks.scores [--models vit minilm lm] [--parts bits plans drops] [--record]``:
-every weight in 2, 4 and 8 bits, every branch and every block that can go, on the trained models.
+``python -m benchmarks.scores [--models vit minilm lm] [--parts bits integers plans drops]
+[--record]``: every weight in 2, 4 and 8 bits, every branch and every block that can go, on the
+trained models.
 Losses and scores are kept on disk: a run that was stopped goes on, and a second one only judges.
 """
 
@@ -11,10 +12,10 @@ import argparse
 import logging
 
 from benchmarks.record import Result
-from benchmarks.scores import bits, drops, plans
+from benchmarks.scores import bits, drops, integers, plans
 from benchmarks.scores.cases import CASES, Case
 
-PARTS = ("bits", "plans", "drops")
+PARTS = ("bits", "integers", "plans", "drops")
 
 
 def main() -> None:
@@ -30,6 +31,8 @@ def main() -> None:
     results: list[Result] = []
     if "bits" in options.parts:
         results += _bits(cases, options.only)
+    if "integers" in options.parts:
+        results.append(integers.table(cases))
     if "drops" in options.parts:
         for level in ("sublayer", "block"):
             found = [drops.scored(case, level, options.only) for case in cases]

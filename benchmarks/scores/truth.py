@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,25 +120,28 @@ def digest(value: Tensor) -> bytes:
 
 def bit_losses(measured: Measured, formats: Sequence[Format]) -> dict[str, dict[Format, Losses]]:
     """The losses of every weight in every format, all others left as they are."""
+    trials = single_trials(measured, find_sites(measured.graph))
+    return {trial.site.weight: {f: trial.of(f) for f in formats} for trial in trials}
+
+
+def single_trials(measured: Measured, sites: Sequence[Site]) -> Iterator[Trial]:
+    """One weight after the other, in the order of the stream, to be changed alone."""
     graph = measured.graph
     target = loss_target(graph)
     running = program(graph, [n for n in (target.node, target.mask) if n is not None])
     states = [running.start(batch) for batch in measured.batches]
-    found: dict[str, dict[Format, Losses]] = {}
     for place, segment in enumerate(running.segments):
         inside = set(segment.nodes)
-        for site in (site for site in find_sites(graph) if site.readers[0] in inside):
-            trial = _Trial(measured, running, states, place, site)
-            found[site.weight] = {f: trial.of(f) for f in formats}
+        for site in (site for site in sites if site.readers[0] in inside):
+            yield Trial(measured, running, states, place, site)
         logger.info("%s: segment %d of %d", measured.name, place + 1, len(running.segments))
         weights = segment.read_weights(graph)
         for values in states:
             segment.run(values, weights)
-    return found
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """One weight, and the sequences stopped before the segment that reads it first."""
 
     measured: Measured
@@ -148,18 +151,22 @@ class _Trial:
     site: Site
 
     def of(self, format: Format) -> Losses:
+        """The losses with the weight in a format."""
         key = f"{self.site.weight} {rounding_key(format)}"
         return self.measured.of(key, lambda: self._measure(format))
 
     def _measure(self, format: Format) -> Losses:
         value = dequantized(self.measured.graph.weight(self.site.node), format)
-        calls = rounding([self.site], format)
+        return self.changed(rounding([self.site], format), value)
+
+    def changed(self, calls: Calls, value: Tensor | None = None) -> Losses:
+        """The losses with other functions for some nodes, and another weight at the site."""
         rows: list[Tensor] = []
         for values in self.states:
             now = dict(values)
             for segment in self.running.segments[self.place :]:
                 weights = segment.read_weights(self.running.graph)
-                if self.site.node in weights:
+                if value is not None and self.site.node in weights:
                     weights[self.site.node] = value
                 segment.run(now, weights, calls=calls)
             rows.append(loss_target(self.measured.graph).rows(now))
