@@ -121,6 +121,10 @@ class ArtifactError(LamellaError):
     """A saved folder is missing, corrupt, or was made by or for something else."""
 
 
+GIVE_SAMPLES = "pass samples=, an iterable of input dicts"
+"""What to do where there are none; the command line says it in its own words."""
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the known name closest to `name`, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1)

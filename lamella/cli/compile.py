@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lamella.cli.console import Stages, errors_in_one_line, out, show_json
-from lamella.cli.lazy import api, artifact, instruments, recipe, sample_files, save
+from lamella.cli.lazy import api, artifact, instruments, plans, recipe, sample_files, save
 from lamella.errors import ArtifactError
 
 _CheckpointOption = Annotated[
@@ -153,9 +153,11 @@ def pipeline_of(
 ) -> tuple[Any, ...]:
     """The passes of a recipe file, then those of the options.
 
-    A plan is followed by the first pass that quantizes weights, or else by one at the end.
+    A plan is followed by the first pass that quantizes weights, or else by one at the end. It is
+    read here, before a model is.
 
     Raises:
+        PlanError: There is no plan, or it is malformed.
         RecipeError: There is neither, or something is misspelled.
     """
     pipeline: tuple[Any, ...] = ()
@@ -164,6 +166,7 @@ def pipeline_of(
     pipeline += recipe.parse_passes(passes)
     if plan is None:
         return pipeline
+    plans.Plan.read(plan)
     names = [one.name for one in pipeline]
     place = names.index(_QUANTIZE) if _QUANTIZE in names else len(names)
     rest = pipeline[place:] or recipe.parse_passes([_QUANTIZE])

@@ -18,13 +18,15 @@ from typing import Any
 from rich.console import Console
 from rich.status import Status
 
-from lamella.errors import LamellaError
+from lamella.errors import GIVE_SAMPLES, LamellaError
 
 BAD_INPUT = 2
 """Exit status for everything that the user can mend."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
+
+_GIVE_SAMPLES = "pass --samples with a file of texts or a folder of inputs (samples= in Python)"
 
 out = Console(soft_wrap=False, highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -123,6 +125,7 @@ def _text_of(error: BaseException) -> str:
     elif isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         text = f"{error.strerror}{where}"
+    text = text.replace(GIVE_SAMPLES, _GIVE_SAMPLES)
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     return " ".join(f"{text or type(error).__name__}{notes}".split())
 

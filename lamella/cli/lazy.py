@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lamella.explanation import files as explanation_files
     from lamella.explanation import reading as explanation_reading
     from lamella.ir import ops
+    from lamella.ir import plan as plans
     from lamella.passes import bisect, instruments, options
     from lamella.passes.analyses import cost
     from lamella.tuning import machine, probes, survey, tuner
@@ -42,6 +43,7 @@ else:
     machine = _Lazy("lamella.tuning.machine")
     options = _Lazy("lamella.passes.options")
     probes = _Lazy("lamella.tuning.probes")
+    plans = _Lazy("lamella.ir.plan")
     plugins = _Lazy("lamella.plugins")
     recipe = _Lazy("lamella.recipe")
     sample_files = _Lazy("lamella.sample_files")
@@ -63,6 +65,7 @@ __all__ = [
     "machine",
     "ops",
     "options",
+    "plans",
     "plugins",
     "probes",
     "recipe",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lamella.data import Samples
-from lamella.errors import PassError, SamplesError
+from lamella.errors import GIVE_SAMPLES, PassError, SamplesError
 from lamella.ir.graph import Graph
 from lamella.ir.runner import Progress, Request, run_requests
 from lamella.passes.options import Option, described, spelling_of
@@ -198,7 +198,7 @@ class Analyses:
         """
         if self.samples is None:
             who = f"analysis {self._asking[-1]!r}" if self._asking else "this pass"
-            raise SamplesError(f"{who} needs data; pass samples=, an iterable of input dicts")
+            raise SamplesError(f"{who} needs data; {GIVE_SAMPLES}")
         return self.samples
 
     def remark(self, text: str) -> None:

@@ -78,6 +78,8 @@ def test_compile_writes_an_artifact_and_prints_the_report(lamella_cli, encoder, 
         (["--samples", "nowhere.txt"], "there is no file or folder of samples"),
         (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
         (["--latency", "fast"], "1x128"),
+        (["--pass", "quantize-weights bits=4 method=gptq"], "pass --samples"),
+        (["--pass", "allocate-bits", "--pass", "quantize-weights"], "pass --samples"),
     ],
 )
 def test_bad_input_is_one_red_line_and_status_2(lamella_cli, encoder, tmp_path, arguments, message):
@@ -97,6 +99,16 @@ def test_a_model_that_is_not_there_is_one_line(lamella_cli, tmp_path):
     status, _, err = lamella_cli("bench", tmp_path / "nowhere")
     assert status == 2
     assert "no saved executable" in err
+
+
+def test_a_plan_that_is_not_there_is_told_before_the_model_is_read(lamella_cli, tmp_path):
+    target = tmp_path / "out"
+    status, _, err = lamella_cli("compile", "nowhere", "--plan", "absent.json", "--out", target)
+    assert (status, "absent.json" in err, "nowhere" in err) == (2, True, False)
+    (tmp_path / "broken.json").write_text("{")
+    broken = tmp_path / "broken.json"
+    status, _, err = lamella_cli("compile", "nowhere", "--plan", broken, "--out", target)
+    assert (status, "broken.json" in err) == (2, True)
 
 
 def test_a_place_that_can_not_be_written_is_refused_before_any_work(lamella_cli, tmp_path):

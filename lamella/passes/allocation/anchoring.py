@@ -49,7 +49,8 @@ def settled_on(solution: Solution, graph: Graph, analyses: Analyses, unit: str) 
     the narrowest width can be better than the one that is predicted to be. When what is taken
     still loses half more than predicted, all groups are scored once more around it: the second
     solution minimizes ``KL(plan with j -> f) - KL(plan)``, shifted so that the least of a group
-    is 0, with one block of each width measured. Scoring and judging happen on different halves of the samples.
+    is 0, with one block of each width measured. Scoring and judging happen on different halves
+    of the samples.
 
     Args:
         solution: Of the problem with predicted losses.
