@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from lamella.backends.onnxruntime.files import MODEL, save_model
 from lamella.backends.onnxruntime.session import Session
 from lamella.backends.onnxruntime.writer import write_onnx
 from lamella.backends.torch.eager import EagerBackend
-from lamella.errors import PassError
+from lamella.data import Samples
+from lamella.errors import PassError, SamplesError
 from lamella.ir.capture import capture_module
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
 from lamella.ir.reducers import Extremes
 from lamella.passes.analyses.cost import Cost
 from lamella.passes.base import Analyses
+from lamella.passes.rounding.patches import patch_grams
 from lamella.passes.transforms.quantize_convolutions import QuantizeConvolutions
 from lamella.rewrite.canonicalize import canonicalize
 
@@ -175,3 +178,81 @@ def test_nothing_to_do_is_said() -> None:
     assert graph.find(lam.conv_int8.default) == []
     assert any("no convolution was quantized" in remark for remark in analyses.take_remarks())
     assert len(quantized(first=False)[0].find(lam.conv_int8.default)) == 2
+
+
+def patches_of(x: Tensor, layer: nn.Conv1d | nn.Conv2d) -> Tensor:
+    """What the kernel lies over, place by place."""
+    padded = nn.functional.pad(x, (layer.padding[0],) * 2 * len(layer.kernel_size))
+    reach = [(k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    rows = []
+    starts = [
+        range(0, size - far, step)
+        for size, far, step in zip(padded.shape[2:], reach, layer.stride, strict=True)
+    ]
+    for image in padded:
+        for start in itertools.product(*starts):
+            window = image
+            for axis, (at, far, step) in enumerate(zip(start, reach, layer.dilation, strict=True)):
+                window = window.index_select(axis + 1, torch.arange(at, at + far + 1, step))
+            rows.append(window.flatten())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("method", ["gptq", "quantease"])
+def test_weights_are_rounded_for_the_patches_that_are_seen(axes: int, method: str) -> None:
+    torch.manual_seed(2)
+    made = nn.Conv1d if axes == 1 else nn.Conv2d
+    layer = made(6, 8, 3, stride=2, padding=1, dilation=2, bias=False).eval()
+    mix = torch.randn(6, 6) / 6**0.5
+    batches = [torch.einsum("ij,bj...->bi...", mix, torch.randn(3, 6, *[17] * axes)) for _ in "12"]
+    graph = capture_module(layer, (batches[0],))
+    canonicalize(graph)
+    (node,) = graph.find(aten.conv1d.default, aten.conv2d.default)
+    data = Samples.of([{"input": x} for x in batches])
+    ((_, inputs),) = patch_grams(graph, data, [node])
+    rows = torch.cat([patches_of(x, layer) for x in batches])
+    assert inputs.tokens == len(rows)
+    # The same products, summed in another order.
+    torch.testing.assert_close(inputs.matrix, rows.t() @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    # The rows times the flat weight are the convolution.
+    flat = layer.weight.detach().flatten(1)
+    want = torch.cat([layer(x).flatten(2).transpose(1, 2).flatten(0, 1) for x in batches])
+    torch.testing.assert_close(rows @ flat.t(), want.detach(), rtol=1e-4, atol=1e-4)
+
+    def output_error(method: str) -> float:
+        edited = graph.copy()
+        a_pass = QuantizeConvolutions(method=method, min_size=0)
+        a_pass.run(edited, Analyses(edited, samples=data))
+        edited.finish()
+        codes, scales = (
+            edited.weight(next(n for n in edited.weight_nodes() if str(n.target).endswith(part)))
+            for part in ("_codes", "_scales")
+        )
+        value = codes.flatten(1) * scales[:, None]
+        return float((rows @ (value - flat).t()).square().sum())
+
+    assert output_error(method) < 0.7 * output_error("rtn")
+
+
+def test_methods_say_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match=r"method must be one of rtn, gptq, quantease.*'gptq'"):
+        QuantizeConvolutions(method="gtpq")
+    graph = captured()
+    few = Analyses(graph, samples=[{"x": images(1)[..., :4, :4]}])
+    QuantizeConvolutions(method="gptq").run(graph, few)
+    # 4 x 4 places; the second convolution reads 16 channels under a kernel of 3 x 3.
+    told = " ".join(few.take_remarks())
+    assert "the samples hold 4, 144 are needed" in told
+    assert "body.weight" in told
+    graph = captured()
+    strict = Analyses(graph, samples=[{"x": images(1)[..., :4, :4]}], strict=True)
+    with pytest.raises(PassError, match="too few tokens"):
+        QuantizeConvolutions(method="gptq").run(graph, strict)
+
+
+def test_patches_whose_squares_overflow_are_told() -> None:
+    graph = captured()
+    (node, *_) = graph.find(aten.conv2d.default)
+    with pytest.raises(SamplesError, match=r"stem.weight multiplies, entries that are NaN"):
+        list(patch_grams(graph, Samples.of([{"x": images(2) * 1e30}]), [node]))

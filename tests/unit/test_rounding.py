@@ -18,6 +18,7 @@ from lamella.passes.rounding.grid import Grid
 from lamella.passes.rounding.nearest import Nearest
 from lamella.passes.rounding.pb_llm import PbLlm
 from lamella.passes.rounding.quantease import QuantEase
+from lamella.passes.rounding.refit import refitted
 
 F32 = torch.float32
 
@@ -53,10 +54,15 @@ class Replica:
         return scale * np.clip(np.round(values / scale), -self.half, self.half - 1)
 
 
-def literal_gptq(weight: Tensor, gram: Tensor, grid: Replica, order: list[int]) -> np.ndarray:
+def damped(gram: Tensor, share: float) -> np.ndarray:
+    return gram.numpy() + share * np.mean(np.diag(gram.numpy())) * np.eye(len(gram))
+
+
+def literal_gptq(
+    weight: Tensor, gram: Tensor, grid: Replica, order: list[int], share: float = 0.01
+) -> np.ndarray:
     """Optimal brain quantization with a fixed order: the inverse is made anew for every column."""
-    w, h = weight.numpy().copy(), gram.numpy().copy()
-    h += 0.01 * np.mean(np.diag(h)) * np.eye(len(h))
+    w, h = weight.numpy().copy(), damped(gram, share)
     for place, column in enumerate(order):
         left = order[place:]
         inverse = np.linalg.inv(h[np.ix_(left, left)])
@@ -67,16 +73,30 @@ def literal_gptq(weight: Tensor, gram: Tensor, grid: Replica, order: list[int]) 
     return w
 
 
-def literal_descent(
-    weight: Tensor, gram: Tensor, grid: Replica, start: np.ndarray, sweeps: int
-) -> np.ndarray:
+def literal_descent(weight: Tensor, g: np.ndarray, grid: Replica, start: np.ndarray) -> np.ndarray:
     """Every column in turn: the value of the grid closest to the least of the parabola."""
-    w, g, q = weight.numpy(), gram.numpy(), start.copy()
-    for _ in range(sweeps):
-        for k in range(w.shape[1]):
-            others = [j for j in range(w.shape[1]) if j != k]
-            target = w[:, k] + (w[:, others] - q[:, others]) @ g[others, k] / g[k, k]
-            q[:, k] = grid.nearest(target, k)
+    w, q = weight.numpy(), start.copy()
+    for k in range(w.shape[1]):
+        others = [j for j in range(w.shape[1]) if j != k]
+        target = w[:, k] + (w[:, others] - q[:, others]) @ g[others, k] / g[k, k]
+        q[:, k] = grid.nearest(target, k)
+    return q
+
+
+def literal_refit(weight: Tensor, g: np.ndarray, grid: Replica, values: np.ndarray) -> np.ndarray:
+    """Row by row and block by block: least squares for one scale; the scales of `grid` change."""
+    w, q = weight.numpy(), values.copy()
+    root = np.linalg.cholesky(g).T  # the error of a row is the squared length of root (w - q)
+    for row in range(len(w)):
+        for block, scale in enumerate(grid.scales[row]):
+            at = slice(block * grid.block, (block + 1) * grid.block)
+            codes = np.zeros(w.shape[1])
+            codes[at] = q[row, at] / scale
+            rest = q[row] - scale * codes
+            side, want = root @ codes, root @ (w[row] - rest)
+            best = np.linalg.lstsq(side[:, None], want, rcond=None)[0][0] if side.any() else scale
+            grid.scales[row, block] = np.float32(best)
+            q[row] = rest + grid.scales[row, block] * codes
     return q
 
 
@@ -91,20 +111,53 @@ def test_gptq_gives_the_codes_of_the_definition(bits, act_order):
         order = diagonal.argsort(descending=True, stable=True)
     grid = Replica(weight, format, diagonal)
     want = literal_gptq(weight, gram, grid, order.tolist())
-    method = Gptq(act_order=act_order)
+    method = Gptq(0.01, act_order=act_order, refits=0)
     got = method.round(weight, format, InputGram(gram, 384)).value()
     # Both lie on the grid in float64; the codes are the same, the product is rounded to float32.
     torch.testing.assert_close(got, torch.from_numpy(want).float(), rtol=1e-6, atol=0)
 
 
-def test_descent_gives_the_codes_of_the_definition():
+def test_refits_and_sweeps_give_the_codes_of_the_definition():
     weight, gram = weight_and_gram(7)
     format = Format(3, 32, scale_dtype=F32)
     grid = Replica(weight, format, gram.diagonal())
     order = gram.diagonal().argsort(descending=True, stable=True).tolist()
-    want = literal_descent(weight, gram, grid, literal_gptq(weight, gram, grid, order), 3)
-    got = QuantEase(sweeps=3).round(weight, format, InputGram(gram, 384)).value()
+    want = literal_gptq(weight, gram, grid, order, 0.1)
+    for _ in range(2):
+        literal_refit(weight, damped(gram, 0.1), grid, want)
+        want = literal_gptq(weight, gram, grid, order, 0.1)
+    start = Gptq(refits=2)
+    got = start.round(weight, format, InputGram(gram, 384)).value()
+    # The scales are float32 on both sides, from sums of float64 in another order.
     torch.testing.assert_close(got, torch.from_numpy(want).float(), rtol=1e-6, atol=0)
+    want = literal_descent(weight, damped(gram, 0.1), grid, want)
+    for _ in range(2):
+        want = literal_refit(weight, damped(gram, 0.1), grid, want)
+        want = literal_descent(weight, damped(gram, 0.1), grid, want)
+    got = QuantEase(start, sweeps=3).round(weight, format, InputGram(gram, 384)).value()
+    torch.testing.assert_close(got, torch.from_numpy(want).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("free", [None, [5, 40, 41]], ids=str)
+def test_fitted_scales_never_make_the_error_larger(free):
+    weight, gram = weight_and_gram(11, width=80)
+    marked = None
+    if free is not None:
+        marked = torch.zeros(80, dtype=torch.bool)
+        marked[free] = True
+    grid = Grid.searched(weight, Format(2, 32, symmetric=False))
+    turned = weight.t().contiguous()
+    value = torch.stack([grid.nearest_but(marked)(k, turned[k]) for k in range(80)])
+    new, fitted = refitted(turned, value, grid, gram, marked)
+    before, after = error(gram, weight, value.t()), error(gram, weight, new.t())
+    assert after < before
+    if free is not None:
+        assert torch.equal(new[free], value[free])
+    again = torch.stack([fitted.nearest_but(marked)(k, new[k]) for k in range(80)])
+    # Codes stay: the new values lie on the new grid, up to rounding of float64.
+    torch.testing.assert_close(again, new, rtol=1e-12, atol=1e-12)
+    # Scales are those that are stored.
+    assert torch.equal(fitted.scales, fitted.scales.half().double())
 
 
 def test_gptq_with_independent_inputs_rounds_to_nearest():
@@ -112,7 +165,7 @@ def test_gptq_with_independent_inputs_rounds_to_nearest():
     for format in (Format(4, 32), Format(2, 64, symmetric=False), Format(3, 32)):
         inputs = InputGram(torch.eye(96, dtype=torch.float64), 384)
         want = quantize(weight, format)
-        for method in (Gptq(), Gptq(act_order=False), QuantEase()):
+        for method in (Gptq(refits=0), Gptq(act_order=False, refits=0), QuantEase(Gptq(refits=0))):
             got = method.round(weight, format, inputs).codes
             assert torch.equal(got.packed, want.packed)
             assert torch.equal(got.scales, want.scales)
@@ -150,7 +203,7 @@ def test_descent_never_makes_the_error_larger():
 
 def test_the_order_of_columns_leaves_no_trace():
     weight, gram = weight_and_gram(1)
-    got = Gptq().round(weight, Format(4, 32), InputGram(gram, 384)).codes
+    got = Gptq(refits=0).round(weight, Format(4, 32), InputGram(gram, 384)).codes
     own = quantize(weight, Format(4, 32), gram.diagonal())
     # Blocks of neighbors share a scale as without an order: there is nothing to permute.
     assert torch.equal(got.scales, own.scales)
@@ -162,7 +215,7 @@ def test_columns_without_inputs_are_rounded_to_nearest():
     dead = [3, 40, 95]
     gram[dead] = gram[:, dead] = 0
     format = Format(4, 32, scale_dtype=F32)
-    result = QuantEase().round(weight, format, InputGram(gram, 384))
+    result = QuantEase(Gptq(refits=0)).round(weight, format, InputGram(gram, 384))
     grid = Replica(weight, format, gram.diagonal())
     for column in dead:
         want = torch.from_numpy(grid.nearest(weight[:, column].numpy(), column)).float()
@@ -174,7 +227,8 @@ def test_a_singular_matrix_is_damped_more_or_given_up():
     # Not positive: what the rounding of sums can leave of a matrix without full rank.
     broken = gram - 1.3 * torch.linalg.eigvalsh(gram).min() * torch.eye(96, dtype=torch.float64)
     broken -= 0.05 * gram.diagonal().mean() * torch.eye(96, dtype=torch.float64)
-    assert Gptq().round(weight, Format(4), InputGram(broken, 384)).damping == pytest.approx(0.1)
+    found = Gptq(0.01).round(weight, Format(4), InputGram(broken, 384))
+    assert found.damping == pytest.approx(0.1)
     hopeless = gram - 10 * gram.diagonal().mean() * torch.eye(96, dtype=torch.float64)
     hopeless.diagonal().copy_(gram.diagonal())
     hopeless[0, 1] = hopeless[1, 0] = 1e6

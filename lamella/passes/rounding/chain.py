@@ -78,6 +78,19 @@ class ChainNotes:
     resumed: int = 0
     losses: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
 
+    def see(self, weight: str, inputs: int, gram: InputGram, damping: float) -> None:
+        """Book what a weight needed that was rounded for its inputs."""
+        if gram.tokens < inputs:
+            self.few[weight] = (gram.tokens, inputs)
+        self.see_damping(weight, damping)
+
+    def see_damping(self, weight: str, damping: float) -> None:
+        """Book how much damping a weight needed; infinite where none was enough."""
+        if damping == math.inf:
+            self.nearest.setdefault("their Gram matrix has no factor", []).append(weight)
+        elif damping:
+            self.damped.setdefault(damping, []).append(weight)
+
 
 class Chain:
     """One run of the samples through the blocks of a graph, rounding as it goes."""
@@ -335,11 +348,8 @@ class Chain:
                 damping = self._done[site.weight].damping
                 if step.group.reason is not None:
                     self.notes.nearest.setdefault(step.group.reason, []).append(site.weight)
-                elif damping == math.inf:
-                    reason = "their Gram matrix has no factor"
-                    self.notes.nearest.setdefault(reason, []).append(site.weight)
-                elif damping:
-                    self.notes.damped.setdefault(damping, []).append(site.weight)
+                else:
+                    self.notes.see_damping(site.weight, damping)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -153,7 +153,7 @@ class Learned:
         """Codes from the scales as they are stored."""
         format = self._grid.format
         scale = (self._sign * self._scale.exp()).to(format.scale_dtype).float()
-        grid = Grid(format, scale.t().contiguous(), self._grid.low, self._grid.high)
+        grid = replace(self._grid, scales=scale.t().contiguous())
         return grid.store((self._multiples(scale) * self._spread(scale)).t())
 
     def _multiples(self, scale: Tensor) -> Tensor:

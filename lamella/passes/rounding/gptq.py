@@ -13,21 +13,41 @@ from lamella.passes.rounding.base import Rounded, Rounding
 from lamella.passes.rounding.feedback import fed_back
 from lamella.passes.rounding.gram import InputGram
 from lamella.passes.rounding.grid import Grid
+from lamella.passes.rounding.refit import refitted
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A weight on a grid.
+
+    Attributes:
+        values: ``[in, out]``.
+        grid: Where they lie; not those of columns that are free.
+        damping: Share of the mean of the diagonal that was added to the Gram matrix.
+    """
+
+    values: Tensor
+    grid: Grid
+    damping: float
 
 
 @dataclass(frozen=True)
 class Gptq(Rounding):
     """Greedy minimization of ``tr((W - Q) G (W - Q)^T)``, column by column.
 
-    Scales and zeros are those of rounding to nearest, searched beforehand with the error of each
-    column weighted by the mean square of its inputs. Therefore the order in which columns are
-    rounded leaves no trace in what is stored. Columns of inputs that are always zero are rounded
+    Scales and zeros are first those of rounding to nearest, searched with the error of each column
+    weighted by the mean square of its inputs. Then scales are fitted to the codes that came out,
+    by least squares, and the columns are rounded again from the start, `refits` times over: the
+    paper sets scales once. Scales are known before a column is rounded, therefore the order of
+    columns leaves no trace in what is stored. Columns of inputs that are always zero are rounded
     to nearest (the authors' code sets them to zero, which harms inputs that the samples lack).
 
     Attributes:
         damping: Share of the mean of the diagonal that is added to the Gram matrix; ten times as
-            much, up to 1, where the matrix is singular.
+            much, up to 1, where the matrix is singular. The paper adds a hundredth; with the
+            few tokens of a calibration, a tenth loses less on others.
         act_order: Round the columns with the largest inputs first.
+        refits: How often scales are fitted and columns rounded again.
 
     References:
         [Frantar2023], section 3.
@@ -35,31 +55,28 @@ class Gptq(Rounding):
 
     name: ClassVar[str] = "gptq"
 
-    damping: float = 0.01
+    damping: float = 0.1
     act_order: bool = True
+    refits: int = 4
 
     def round(self, weight: Tensor, format: Format, inputs: InputGram) -> Rounded:
         """To nearest, with infinite damping in the result, if the matrix can't be factored."""
-        found = self.columns(weight, format, inputs)
+        grid = Grid.searched(weight, format, inputs.diagonal)
+        found = self.on_grid(weight, grid, inputs)
         if found is None:
             return Rounded(quantize(weight, format), damping=math.inf)
-        values, grid, damping = found
-        return Rounded(grid.store(values), damping=damping)
+        return Rounded(found.grid.store(found.values), damping=found.damping)
 
-    def columns(
-        self,
-        weight: Tensor,
-        format: Format,
-        inputs: InputGram,
-        free: Tensor | None = None,
-    ) -> tuple[Tensor, Grid, float] | None:
-        """What is stored, ``[in, out]``, the grid it lies on, and the damping.
+    def on_grid(
+        self, weight: Tensor, grid: Grid, inputs: InputGram, free: Tensor | None = None
+    ) -> Columns | None:
+        """Round to a grid, and fit its scales.
 
         Args:
             weight: ``[out, in]``.
-            format: The format.
+            grid: Where to start.
             inputs: The Gram matrix.
-            free: Which columns are not rounded, bool ``[in]``; the grid doesn't see them.
+            free: Which columns are not rounded, bool ``[in]``.
 
         Returns:
             None if the matrix can't be factored.
@@ -67,7 +84,10 @@ class Gptq(Rounding):
         factor = inputs.factor(self.damping, act_order=self.act_order)
         if factor is None:
             return None
-        seen = weight if free is None else weight.masked_fill(free, 0)
-        grid = Grid.searched(seen, format, inputs.diagonal)
         turned = weight.t().contiguous()
-        return fed_back(turned, factor, grid.nearest_but(free)), grid, factor.damping
+        values = fed_back(turned, factor, grid.nearest_but(free))
+        damped = inputs.damped(factor.damping) if self.refits else inputs.matrix
+        for _ in range(self.refits):
+            values, grid = refitted(turned, values, grid, damped, free)
+            values = fed_back(turned, factor, grid.nearest_but(free))
+        return Columns(values, grid, factor.damping)

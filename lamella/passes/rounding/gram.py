@@ -51,6 +51,19 @@ class InputGram:
         """The mean square of each input, ``[in]``, not negative."""
         return self.matrix.diagonal().clamp(min=0)
 
+    @property
+    def scale(self) -> float:
+        """The mean of the diagonal over inputs that are not always zero; 0 without any."""
+        diagonal = self.diagonal
+        alive = diagonal > 0
+        return float(diagonal[alive].mean()) if bool(alive.any()) else 0.0
+
+    def damped(self, share: float) -> Tensor:
+        """``G + share * scale * I``."""
+        matrix = self.matrix.clone()
+        matrix.diagonal().add_(share * self.scale)
+        return matrix
+
     def factor(self, damping: float, *, act_order: bool = True) -> Factor | None:
         """The factor with at least `damping`; ten times as much, up to 1, where that fails.
 
@@ -74,9 +87,8 @@ class InputGram:
         return ((difference @ matrix) * difference).sum(1, dtype=torch.float64)
 
     def _factor(self, damping: float, act_order: bool) -> Factor | None:
-        diagonal = self.diagonal
+        diagonal, mean = self.diagonal, self.scale
         alive = diagonal > 0
-        mean = float(diagonal[alive].mean()) if bool(alive.any()) else 0.0
         if not mean > 0 or not math.isfinite(mean):
             return None
         order = torch.arange(len(diagonal))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lamella.ir.packing import unpack
-from lamella.ir.quantize import Format, Quantized, quantize
+from lamella.ir.quantize import Format, Integers, Quantized, integers, quantize
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Grid:
         scales: As stored, ``[blocks, out]``.
         low: The lowest multiple of a scale, ``-zero``, ``[blocks, out]``.
         high: The highest.
+        block: Columns that share a scale: those of the format, or all.
     """
 
     format: Format
     scales: Tensor
     low: Tensor
     high: Tensor
+    block: int
 
     @classmethod
     def searched(cls, weight: Tensor, format: Format, importance: Tensor | None = None) -> Grid:
@@ -50,11 +52,24 @@ class Grid:
         else:
             count = stored.scales.shape[-1]
             zeros = unpack(stored.zero_points, format.kernel_bits, count).to(dtype).t().contiguous()
-        return cls(format, scales, -zeros, (1 << format.bits) - 1 - zeros)
+        return cls(format, scales, -zeros, (1 << format.bits) - 1 - zeros, format.block)
+
+    @classmethod
+    def of_rows(cls, weight: Tensor, importance: Tensor | None = None) -> Grid:
+        """The grid of 8 bits with one scale for each row (see `lamella.ir.quantize.integers`).
+
+        Args:
+            weight: ``[out, in]``.
+            importance: As for `searched`.
+        """
+        scales = integers(weight, importance).scales.to(weight.dtype)[None]
+        format = Format(8, scale_dtype=torch.float32)
+        low = torch.full_like(scales, -128.0)
+        return cls(format, scales, low, low + 255, weight.shape[1])
 
     def nearest(self, column: int, values: Tensor) -> Tensor:
         """The entries of a column on the grid, ``[out]``."""
-        block = column // self.format.block
+        block = column // self.block
         scale = self.scales[block]
         return (values / scale).round_().clamp_(self.low[block], self.high[block]).mul_(scale)
 
@@ -71,7 +86,7 @@ class Grid:
         """Codes of values that lie on the grid.
 
         Args:
-            values: ``[in, out]``.
+            values: ``[in, out]``; each block of the format has its own scale.
         """
         features, out = values.shape
         blocks, block = self.scales.shape[0], self.format.block
@@ -81,3 +96,12 @@ class Grid:
         zeros = None if self.format.symmetric else (-self.low).t().to(torch.int16).contiguous()
         scales = self.scales.t().contiguous()
         return Quantized.of(codes.permute(2, 0, 1), scales, zeros, self.format, features)
+
+    def store_rows(self, values: Tensor) -> Integers:
+        """Codes of values that lie on a grid with one scale for each row.
+
+        Args:
+            values: ``[in, out]``.
+        """
+        codes = (values / self.scales).round_().to(torch.int8)
+        return Integers(codes.t().contiguous(), self.scales[0].float())

@@ -23,6 +23,7 @@ TAKEN_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "damping": _GRAM,
         "act_order": ("gptq", "quantease"),
+        "refits": ("gptq", "quantease"),
         "sweeps": ("quantease",),
         "outliers": ("quantease",),
         "salient": ("pb-llm",),
@@ -63,6 +64,7 @@ _RANGES = (
     ("damping", 0, 1),
     ("outliers", 0, 0.5),
     ("salient", 0, 1),
+    ("refits", 0, 100),
     ("sweeps", 1, 1000),
     ("steps", 1, 1_000_000),
 )
@@ -70,7 +72,7 @@ _RANGES = (
 
 def rounding_of(method: str, options: Mapping[str, Any]) -> Rounding | None:
     """The method with its options; None for rounding to nearest, which needs no samples."""
-    gptq = Gptq(options["damping"], options["act_order"])
+    gptq = Gptq(options["damping"], options["act_order"], options["refits"])
     if method == "gptq":
         return gptq
     if method == "quantease":

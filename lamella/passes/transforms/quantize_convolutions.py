@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,16 +12,26 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lamella.errors import PassError
+from lamella.data import Samples
+from lamella.errors import PassError, closest
 from lamella.ir.graph import Graph
 from lamella.ir.integer_operators import static_range
 from lamella.ir.ops import aten, lam
-from lamella.ir.quantize import integers
+from lamella.ir.quantize import Integers, integers
 from lamella.ir.reducers import Extremes
 from lamella.ir.runner import Request
 from lamella.passes.base import Analyses, Effect, Transform
 from lamella.passes.relevance.folding import fold_batch_norms
+from lamella.passes.rounding.chain import ChainNotes
+from lamella.passes.rounding.gptq import Gptq
+from lamella.passes.rounding.gram import InputGram
+from lamella.passes.rounding.grid import Grid
+from lamella.passes.rounding.patches import axis_values, patch_grams
+from lamella.passes.rounding.quantease import QuantEase
+from lamella.passes.rounding.report import tell
 
+_METHODS = ("rtn", "gptq", "quantease")
+_PLACES = ("stride", "padding", "dilation")
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
 Ranges = Mapping[Node, tuple[float, int]]
 """A value -> the step and the zero of its codes."""
@@ -39,24 +51,33 @@ class QuantizeConvolutions(Transform):
     reads too.
 
     Attributes:
+        method: How weights are rounded: ``"rtn"`` to nearest; ``"gptq"`` and ``"quantease"`` for
+            the patches that the samples show, as in `quantize-weights`.
         min_size: Weights with fewer entries stay as they are.
         first: Whether the convolutions that read an input of the model take part. They see the
             raw data, and gain least where they have few channels.
 
     Raises:
-        ValueError: `min_size` is negative.
+        ValueError: `method` is another one, or `min_size` is negative.
 
     References:
-        [Jacob2018], for integer arithmetic with static ranges.
+        [Jacob2018], for integer arithmetic with static ranges; [Frantar2023] and [Behdin2023] for
+        methods.
     """
 
     name: ClassVar[str] = "quantize-convolutions"
     effect: ClassVar[Effect] = Effect.LOSSY
 
+    method: str = "rtn"
     min_size: int = 1 << 8
     first: bool = True
 
     def __post_init__(self) -> None:
+        if self.method not in _METHODS:
+            raise ValueError(
+                f"method must be one of {', '.join(_METHODS)}, got {self.method!r}"
+                f"{closest(self.method, _METHODS)}"
+            )
         if self.min_size < 0:
             raise ValueError(f"min_size must not be negative, got {self.min_size}")
 
@@ -66,7 +87,7 @@ class QuantizeConvolutions(Transform):
         if not layers:
             analyses.remark("there are no convolutions to quantize")
             return
-        analyses.need_samples()
+        samples = analyses.need_samples()
         fold_batch_norms(graph)
         kept: dict[str, list[str]] = {}
         chosen: dict[Node, Node] = {}
@@ -82,11 +103,31 @@ class QuantizeConvolutions(Transform):
             analyses.remark("no convolution was quantized: lower min_size")
             return
         ranges = _ranges(graph, analyses, chosen)
+        stored = self._stored(graph, analyses, samples, chosen)
         known = {value.name: found for value, found in ranges.items()}
         for layer, end in chosen.items():
             source = graph.operand(layer, "input")
-            made = _replace(graph, layer, end, (known[source.name], known[end.name]))
+            made = _replace(graph, layer, end, stored[layer], (known[source.name], known[end.name]))
             known[made.name] = known[end.name]
+
+    def _stored(
+        self, graph: Graph, analyses: Analyses, samples: Samples, layers: Iterable[Node]
+    ) -> Mapping[Node, Integers]:
+        """The codes of all weights."""
+        if self.method == "rtn":
+            return {layer: _nearest(graph, layer) for layer in layers}
+        rounding = Gptq() if self.method == "gptq" else QuantEase()
+        stored: dict[Node, Integers] = {}
+        notes = ChainNotes()
+        for layer, inputs in patch_grams(graph, samples, layers):
+            name, weight = _weight_name(graph, layer), _matrix(graph, layer)
+            found = rounding.on_grid(weight, _rows_grid(name, weight, inputs), inputs)
+            stored[layer] = (
+                _nearest(graph, layer) if found is None else found.grid.store_rows(found.values)
+            )
+            notes.see(name, weight.shape[1], inputs, math.inf if found is None else found.damping)
+        tell(notes, analyses, Gptq().damping)
+        return stored
 
     def _refusal(self, graph: Graph, layer: Node) -> str:
         """Why a convolution stays, or nothing."""
@@ -134,18 +175,24 @@ def _ranges(graph: Graph, analyses: Analyses, chosen: Mapping[Node, Node]) -> Ra
 
 
 def _replace(
-    graph: Graph, layer: Node, end: Node, ranges: tuple[tuple[float, int], tuple[float, int]]
+    graph: Graph,
+    layer: Node,
+    end: Node,
+    stored: Integers,
+    ranges: tuple[tuple[float, int], tuple[float, int]],
 ) -> Node:
     """Put the product of integers in the place of a convolution and its rectifier."""
-    node = graph.operand(layer, "weight")
-    name, weight = str(node.target), graph.weight(node)
-    codes, scales = _rounded(name, weight)
+    name, shape = _weight_name(graph, layer), graph.operand(layer, "weight").meta["val"].shape
+    axes = len(shape) - 2
     args = (
         graph.operand(layer, "input"),
-        graph.add_weight(f"{name}_codes", codes),
-        graph.add_weight(f"{name}_scales", scales),
+        graph.add_weight(f"{name}_codes", stored.codes.reshape(shape)),
+        graph.add_weight(f"{name}_scales", stored.scales),
         graph.operand(layer, "bias"),
-        *(_each(graph.operand(layer, key), weight) for key in ("stride", "padding", "dilation")),
+        *(
+            axis_values(graph.operand(layer, key), axes)
+            for key in ("stride", "padding", "dilation")
+        ),
         1,
         *ranges[0],
         *ranges[1],
@@ -156,18 +203,28 @@ def _replace(
     return made
 
 
-def _rounded(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _matrix(graph: Graph, layer: Node) -> Tensor:
+    """The weight as ``[out, in * kernel]``."""
+    return graph.weight(graph.operand(layer, "weight")).detach().flatten(1)
+
+
+def _nearest(graph: Graph, layer: Node) -> Integers:
+    with _named(_weight_name(graph, layer)):
+        return integers(_matrix(graph, layer))
+
+
+def _rows_grid(name: str, weight: Tensor, inputs: InputGram) -> Grid:
+    with _named(name):
+        return Grid.of_rows(weight, inputs.diagonal)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Generator[None]:
+    """Say which weight can't be quantized."""
     try:
-        stored = integers(weight.flatten(1))
+        yield
     except ValueError as error:
         raise PassError(f"weight {name!r} can't be quantized: {error}") from error
-    return stored.codes.reshape(weight.shape), stored.scales
-
-
-def _each(given: object, weight: Tensor) -> list[int]:
-    """One number for each axis of the kernel; a single one stands for all."""
-    listed = [int(one) for one in given] if isinstance(given, list | tuple) else [int(given)]  # pyright: ignore
-    return listed * (weight.ndim - 2) if len(listed) == 1 else listed
 
 
 def _weight_name(graph: Graph, layer: Node) -> str:

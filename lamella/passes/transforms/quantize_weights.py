@@ -88,7 +88,9 @@ class QuantizeWeights(Transform):
             much where that is not enough, up to 1. For gptq, quantease and pb-llm.
         act_order: Round the columns with the largest inputs first; it leaves no trace in what is
             stored. For gptq and quantease.
-        sweeps: How often quantease visits every column, at most.
+        refits: How often scales are fitted to the codes and all columns are rounded again, which
+            takes as long as the first time. For gptq and quantease.
+        sweeps: How often quantease visits every column, and fits scales in between.
         outliers: Share of the columns that quantease keeps exactly in a linear layer beside the
             codes.
         salient: Share of the weights that pb-llm keeps in 8 bits.
@@ -123,8 +125,9 @@ class QuantizeWeights(Transform):
     measure: bool = False
     by_inputs: bool = False
     method: Method = "rtn"
-    damping: float = 0.01
+    damping: float = 0.1
     act_order: bool = True
+    refits: int = 4
     sweeps: int = 3
     outliers: float = 0.0
     salient: float = 0.1
