@@ -26,41 +26,64 @@ def cached_attention(  # noqa: PLR0913  (the arguments of the operator)
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of new queries over the keys and values of past and new tokens.
 
     Query `i` of `new` stands at position ``past + i`` and sees the keys at positions up to its
     own, with `window` only the last `window` of them, and of those the ones that `mask` allows.
+    With scales the cache holds codes of 8 bits, and new rows are rounded before they are read:
+    ``clip(round(x / scale), -128, 127)``, half to even.
 
     Args:
         query: ``[batch, heads, new, width]``.
         key: ``[batch, kv_heads, new, width]``; `heads` is a multiple of `kv_heads`.
         value: ``[batch, kv_heads, new, value_width]``.
-        past_key: ``[batch, kv_heads, past, width]``; `past` may be 0.
-        past_value: ``[batch, kv_heads, past, value_width]``.
+        past_key: ``[batch, kv_heads, past, width]``; `past` may be 0. int8 with scales.
+        past_value: ``[batch, kv_heads, past, value_width]``, likewise.
         mask: ``[batch, past + new]``, nonzero where a key may be seen; None hides no key.
         bias: Added to the scores, broadcastable to ``[batch, heads, new, past + new]``.
         scale: What the products of queries and keys are multiplied by.
         window: How many keys a query sees at most, its own included; 0 means all.
         softcap: Scores become ``softcap * tanh(score / softcap)`` before mask and bias; 0 means
             they stay as they are.
+        key_scale: What a code of a key stands for, ``[kv_heads, 1, width]``; None means that the
+            cache holds keys as they are.
+        value_scale: The same for values, ``[kv_heads, 1, value_width]``.
 
     Returns:
         The result, ``[batch, heads, new, value_width]``, and the keys and values of past and
-        new tokens. A query that sees no key gives zeros.
+        new tokens, as the past is given. A query that sees no key gives zeros.
     """
-    keys, values = torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
+    kept_keys = torch.cat((past_key, _kept(key, key_scale)), dim=2)
+    kept_values = torch.cat((past_value, _kept(value, value_scale)), dim=2)
+    keys, values = _read(kept_keys, key_scale), _read(kept_values, value_scale)
     seen = _seen(query.shape[2], keys.shape[2], window, query.device)
     if mask is not None:
         seen = seen & mask.bool()[:, None, None, :]
     if softcap:
-        return _softcapped(query, keys, values, seen, bias, scale, softcap), keys, values
+        result = _softcapped(query, keys, values, seen, bias, scale, softcap)
+        return result, kept_keys, kept_values
     allowed = seen if bias is None else torch.where(seen, bias, float("-inf"))
     result = torch.nn.functional.scaled_dot_product_attention(
         query, keys, values, attn_mask=allowed, scale=scale, enable_gqa=True
     )
     # A row without a key is zero in some kernels and NaN in others.
-    return result.masked_fill(~seen.any(-1, keepdim=True), 0.0), keys, values
+    result = result.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    return result, kept_keys, kept_values
+
+
+def _kept(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """New rows as the cache holds them."""
+    if scale is None:
+        return rows
+    return (rows / scale).round().clamp(-128, 127).to(torch.int8)
+
+
+def _read(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """Rows of the cache as attention reads them."""
+    return rows if scale is None else rows * scale
 
 
 def _seen(new: int, total: int, window: int, device: torch.device) -> Tensor:
@@ -158,14 +181,15 @@ def _fake_cached_attention(
     total = past_key.shape[2] + key.shape[2]
     return (
         query.new_empty((*query.shape[:3], value.shape[3])),
-        key.new_empty((*key.shape[:2], total, key.shape[3])),
-        value.new_empty((*value.shape[:2], total, value.shape[3])),
+        past_key.new_empty((*key.shape[:2], total, key.shape[3])),
+        past_value.new_empty((*value.shape[:2], total, value.shape[3])),
     )
 
 
 define(
     "cached_attention(Tensor query, Tensor key, Tensor value, Tensor past_key, Tensor past_value, "
-    "Tensor? mask, Tensor? bias, float scale, int window=0, float softcap=0.0) "
+    "Tensor? mask, Tensor? bias, float scale, int window=0, float softcap=0.0, "
+    "Tensor? key_scale=None, Tensor? value_scale=None) "
     "-> (Tensor, Tensor, Tensor)",
     cached_attention,
     _fake_cached_attention,

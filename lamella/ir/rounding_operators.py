@@ -1,7 +1,8 @@
 """Operators that round activations to the values of few codes and leave them floating point.
 
-They emulate storage and arithmetic that no kernel here has: a graph with them tells what a format
-of so many bits does to a model, and runs no faster.
+They emulate storage and arithmetic that the graph they stand in does not have: it tells what a
+format of so many bits does to a model, and runs no faster. Keys and values rounded to 8 bits
+become codes where the graph continues from a cache (`lamella.rewrite.incremental`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def round_uniform(input: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tens
 
     Args:
         input: Floating point, ``[..., channels]``.
-        scale: Positive, without axes or ``[channels]``, of the dtype of `input`.
+        scale: Positive, of the dtype of `input` and of a shape that its last axes broadcast:
+            without axes, ``[channels]``, ``[heads, 1, width]``.
         zero: The code of zero, likewise; outside of the codes where the range has no zero.
         bits: 1 to 16.
     """

@@ -31,6 +31,7 @@ from lamella.passes.transforms.fold_norms import FoldNorms
 from lamella.passes.transforms.fold_scales import FoldScales
 from lamella.passes.transforms.follow_plan import FollowPlan
 from lamella.passes.transforms.quantize_activations import QuantizeActivations
+from lamella.passes.transforms.quantize_cache import QuantizeCache
 from lamella.passes.transforms.quantize_convolutions import QuantizeConvolutions
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 from lamella.passes.transforms.restore_blocks import RestoreBlocks
@@ -46,6 +47,7 @@ TRANSFORMS: tuple[type[Transform], ...] = (
     FollowPlan,
     QuantizeWeights,
     QuantizeConvolutions,
+    QuantizeCache,
     FixRanges,
     QuantizeActivations,
     BlendWeights,

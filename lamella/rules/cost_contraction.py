@@ -111,7 +111,8 @@ def cached_attention(call: Call) -> Work:
     pairs = product((*batch, queries, kept[2]))
     values = call.shape("value")[-1]
     work = call.work(SOFTMAX * pairs, 2 * pairs * (width + values))
-    cache = product((*kept, width + values)) * call.bytes_per_element()
+    held = call.operand("past_key").meta["val"].dtype.itemsize
+    cache = product((*kept, width + values)) * held
     return replace(work, cache_bytes=cache)
 
 

@@ -60,12 +60,23 @@ def looked_up(tables: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:
     return [aten.embedding.default(table, tokens) for table in tables]
 
 
+def scale_of(groups: int, width: int, seed: int) -> Tensor:
+    """Steps of codes; some values are larger than the last code."""
+    return 0.01 + 0.01 * numbers(groups, 1, width, seed=seed).abs()
+
+
+def past_of(codes: bool, *shape: int, seed: int = 0) -> Tensor:
+    past = numbers(*shape, seed=seed)
+    return (past * 60).round().clamp(-128, 127).to(torch.int8) if codes else past
+
+
 def step_graph(
     heads: int = 4,
     groups: int = 2,
     width: int = 16,
     value_width: int | None = None,
     masked: bool = True,
+    codes: bool = False,
     **options: Any,
 ) -> Graph:
     """Tokens are looked up as queries, keys and values; the result is called logits."""
@@ -76,7 +87,8 @@ def step_graph(
         numbers(VOCABULARY, groups * value_width, seed=3),
     ]
     bias = options.pop("bias", None)
-    weights = tables if bias is None else [*tables, bias]
+    scales = [scale_of(groups, width, 10), scale_of(groups, value_width, 11)] if codes else []
+    weights = [*tables, *scales] if bias is None else [*tables, *scales, bias]
 
     def attend(*values: Tensor) -> tuple[Tensor, ...]:
         *held, tokens, mask, past_key, past_value = values
@@ -86,8 +98,10 @@ def step_graph(
             for found, shape in zip(looked_up(held[:3], tokens), shapes, strict=True)
         )
         seen = mask if masked else None
-        extra = held[3] if bias is not None else None
+        extra = held[-1] if bias is not None else None
         settings = {"scale": 0.3, **options}
+        if codes:
+            settings |= dict(zip(("key_scale", "value_scale"), held[3:5], strict=True))
         out, *present = lam.cached_attention(
             query, key, value, past_key, past_value, seen, extra, **settings
         )
@@ -97,14 +111,15 @@ def step_graph(
     inputs = (
         torch.ones(2, 3, dtype=torch.int64),
         torch.ones(2, 8, dtype=torch.int64),
-        numbers(2, groups, 5, width),
-        numbers(2, groups, 5, value_width),
+        past_of(codes, 2, groups, 5, width),
+        past_of(codes, 2, groups, 5, value_width),
     )
     graph = graph_of(attend, *inputs, weights=weights, dynamic=SIZES)
     names = graph.signature.outputs
+    dtype = "int8" if codes else "float32"
     slots = (
-        Slot(0, "key", "z", names[1], (groups, -1, width), "float32"),
-        Slot(0, "value", "u", names[2], (groups, -1, value_width), "float32"),
+        Slot(0, "key", "z", names[1], (groups, -1, width), dtype),
+        Slot(0, "value", "u", names[2], (groups, -1, value_width), dtype),
     )
     graph.cache = CacheLayout("x", "y", None, "index", names[0], (), slots)
     return graph
@@ -121,6 +136,9 @@ FORMS = {
     "capped window": {"softcap": 0.7, "window": 4},
     "without a mask": {"masked": False},
     "bias of heads": {"bias": numbers(1, 4, 1, 1, seed=5)},
+    "codes": {"codes": True},
+    "codes in a window": {"codes": True, "window": 3},
+    "codes, capped": {"codes": True, "softcap": 0.7},
 }
 """Attentions that fit into buffers."""
 
@@ -162,8 +180,8 @@ def test_growing_tensors(opset: int, form: str):
         values = (
             tokens_of(2, new),
             mask,
-            numbers(2, groups, past, width, seed=8),
-            numbers(2, groups, past, options.get("value_width", width), seed=9),
+            past_of("codes" in options, 2, groups, past, width, seed=8),
+            past_of("codes" in options, 2, groups, past, options.get("value_width", width), seed=9),
         )
         expected = graph_for(form)(**dict(zip("xyzu", values, strict=True)))
         for want, got in zip(expected, model(values), strict=True):

@@ -57,7 +57,7 @@ def binding_of(graph: Graph) -> Binding | None:
     """How the caches of `graph` can be buffers; None when they can't.
 
     `com.microsoft.GroupQueryAttention` computes in float32 here, with heads of one width for
-    keys and values that is a multiple of 8.
+    keys and values that is a multiple of 8, and with codes for both of them or for none.
     """
     layout = graph.cache
     if layout is None or not any(slot.grows for slot in layout.slots):
@@ -80,6 +80,8 @@ def _fits(call: Call) -> bool:
     if query.dtype != torch.float32 or width % 8:
         return False
     if width != value_width or int(query.shape[1]) % int(key.shape[1]):
+        return False
+    if (call["key_scale"] is None) != (call["value_scale"] is None):
         return False
     slots = [call[name] for name in ("past_key", "past_value")]
     # A buffer has more rows than were ever filled: nothing else may read it.

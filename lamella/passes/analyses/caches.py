@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -11,7 +12,7 @@ from torch.fx import Node
 from lamella.ir import ops
 from lamella.ir.causality import Causality
 from lamella.ir.graph import Graph
-from lamella.ir.ops import aten
+from lamella.ir.ops import aten, lam
 from lamella.rules.work import Call, Expr
 
 _VIEWS = frozenset(
@@ -28,18 +29,42 @@ _OF_SCORES = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a causal self-attention keeps for later tokens.
+
+    Attributes:
+        node: The node that weighs values.
+        key: Keys as it reads them.
+        value: Values, likewise.
+    """
+
+    node: Node
+    key: Node
+    value: Node
+
+
+def kept_of(graph: Graph) -> Iterator[Kept]:
+    """What every causal self-attention keeps.
+
+    An attention is an SDPA, or a product of a softmax with values.
+    """
+    causality = Causality(graph)
+    for node, key, value, masks, causal in _attentions(graph):
+        if causal or any(causality.hides_future(mask) for mask in masks):
+            yield Kept(node, key, value)
+
+
 def caches_of(graph: Graph, names: Mapping[sympy.Symbol, sympy.Symbol]) -> dict[Node, Expr]:
     """Bytes of keys and values of each causal self-attention, by the node that weighs values.
 
-    An attention is an SDPA, or a product of a softmax with values. Heads that are repeated for
-    grouped queries count once.
+    Heads that are repeated for grouped queries count once, and what is rounded to so many bits
+    where it is read counts as so many bits.
     """
-    causality = Causality(graph)
-    caches: dict[Node, Expr] = {}
-    for node, key, value, masks, causal in _attentions(graph):
-        if causal or any(causality.hides_future(mask) for mask in masks):
-            caches[node] = _least_bytes(key, names) + _least_bytes(value, names)
-    return caches
+    return {
+        kept.node: _least_bytes(kept.key, names) + _least_bytes(kept.value, names)
+        for kept in kept_of(graph)
+    }
 
 
 def _attentions(graph: Graph) -> Iterator[tuple[Node, Any, Any, list[Any], bool]]:
@@ -89,6 +114,8 @@ def _least_bytes(node: Any, names: Mapping[sympy.Symbol, sympy.Symbol]) -> Expr:
     """Bytes of a value before its heads were repeated."""
     call = Call(node, names)
     least = call.written_bytes()
+    if node.target is lam.round_uniform.default:
+        return least * ops.bind(node)["bits"] / (8 * node.meta["val"].dtype.itemsize)
     while isinstance(node, Node) and node.target in _VIEWS:
         node = node.args[0]
         size = Call(node, names).written_bytes()

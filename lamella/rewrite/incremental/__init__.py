@@ -15,6 +15,7 @@ from lamella.ir.graph import Graph
 from lamella.rewrite.incremental.attention import Site
 from lamella.rewrite.incremental.build import Builder, attended
 from lamella.rewrite.incremental.flat_heads import raise_flat_heads
+from lamella.rewrite.incremental.kept import kept
 from lamella.rewrite.incremental.once import Split, flat_signature, split_once
 from lamella.rewrite.incremental.states import (
     Convolution,
@@ -107,8 +108,8 @@ def _add_slot(
     builder: Builder, places: _Places, layer: int, one: Site | Convolution | Node
 ) -> None:
     if isinstance(one, Site):
-        key = builder.new_slot(layer, "key", *_growing(builder, one.key))
-        value = builder.new_slot(layer, "value", *_growing(builder, one.value))
+        pair = zip(("key", "value"), (one.key, one.value), strict=True)
+        key, value = (builder.new_slot(layer, k, *_growing(builder, r)) for k, r in pair)
         places.attentions.append((one, (key, value)))
     elif isinstance(one, Convolution):
         like = ops.bind(one.node)["input"].meta["val"]
@@ -124,21 +125,24 @@ def _add_slot(
 def _growing(builder: Builder, rows: Node) -> tuple[list[Any], torch.dtype]:
     """Shape and dtype of the past of keys or values."""
     value = rows.meta["val"]
-    return [*value.shape[:2], builder.past, value.shape[3]], value.dtype
+    return [*value.shape[:2], builder.past, value.shape[3]], kept(builder.graph, rows).dtype
 
 
 def _continue_attention(builder: Builder, site: Site, past: tuple[Node, Node]) -> None:
     """Let an attention read the keys and values of the past before the new ones."""
     graph, node = builder.graph, site.node
     heard = attended(builder, site)
+    key, value = kept(graph, site.key), kept(graph, site.value)
     parts = graph.call(
         lam.cached_attention.default,
-        *(site.query, site.key, site.value, *past),
+        *(site.query, key.rows, value.rows, *past),
         builder.mask if heard.masked else None,
         heard.bias,
         site.scale,
         heard.window,
         site.softcap,
+        key.scale,
+        value.scale,
         before=node,
     )
     graph.replace(node, graph.call(operator.getitem, parts, 0, before=node))

@@ -115,4 +115,5 @@ def _rounds(graph: Graph) -> bool:
     values = [node.meta.get("val") for node in graph.nodes]
     if any(isinstance(v, Tensor) and v.dtype in halves for v in values):
         return True
-    return bool(graph.find(torch.ops.lamella.linear_nbits.default))
+    lam = torch.ops.lamella
+    return bool(graph.find(lam.linear_nbits.default) or graph.find(lam.round_uniform.default))

@@ -10,6 +10,7 @@ sequence have no gaps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,10 @@ from lamella.backends.onnxruntime.emit.rotary_tables import rotated_alike, table
 from lamella.backends.onnxruntime.extents import same_size
 
 lam = torch.ops.lamella
+_CODES: Mapping[str, Any] = MappingProxyType(
+    {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+)
+"""What a kernel is told of a cache that holds codes."""
 
 
 def cached_attention(e: Emission, call: Call) -> tuple[ir.Value, ...]:
@@ -52,6 +57,7 @@ def _over_buffers(e: Emission, call: Call) -> tuple[ir.Value, ...]:
         "softcap": float(call["softcap"]),
         "local_window_size": window or -1,
         "do_rotary": int(tables is not None),
+        **(_CODES if call["key_scale"] is not None else {}),
     }
     inputs = [
         *_packed(joined),
@@ -62,6 +68,9 @@ def _over_buffers(e: Emission, call: Call) -> tuple[ir.Value, ...]:
         *(tables or (None, None)),
         None,
         _bias(e, call),
+        None,
+        e.optional(call["key_scale"]),
+        e.optional(call["value_scale"]),
     ]
     results = e.add("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)
     _offer(call, e, results[0])
@@ -134,10 +143,34 @@ def _bias(e: Emission, call: Call) -> ir.Value | None:
 
 def _standard(e: Emission, call: Call) -> tuple[ir.Value, ...]:
     names = ("query", "key", "value", "past_key", "past_value")
+    attributes = {"scale": float(call["scale"]), "softcap": float(call["softcap"])}
+    if call["key_scale"] is not None or call["value_scale"] is not None:
+        keys, values = (_rows(e, call, name) for name in ("key", "value"))
+        inputs = (e.tensor(call["query"]), keys.read, values.read, _hidden(e, call))
+        return *e.add("Attention", inputs, attributes), keys.held, values.held
     query, key, value, past_key, past_value = (e.tensor(call[name]) for name in names)
     inputs = (query, key, value, _hidden(e, call), past_key, past_value)
-    attributes = {"scale": float(call["scale"]), "softcap": float(call["softcap"])}
     return e.add("Attention", inputs, attributes, outputs=3)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Keys or values of past and new tokens, as the cache holds and as attention reads them."""
+
+    held: ir.Value
+    read: ir.Value
+
+
+def _rows(e: Emission, call: Call, name: str) -> _Rows:
+    new, scale = e.tensor(call[name]), call[f"{name}_scale"]
+    step, dtype = e.optional(scale), call.fake(name).dtype
+    if step is not None:
+        codes = e.op("Round", e.op("Div", new, step))
+        codes = e.op("Clip", codes, e.const(-128, dtype), e.const(127, dtype))
+        new = e.cast(codes, dtype, torch.int8)
+    held = e.op("Concat", e.tensor(call[f"past_{name}"]), new, axis=2)
+    read = held if step is None else e.op("Mul", e.cast(held, torch.int8, dtype), step)
+    return _Rows(held, read)
 
 
 def _hidden(e: Emission, call: Call) -> ir.Value:
@@ -174,15 +207,12 @@ def _seen(e: Emission, call: Call) -> ir.Value:
 def _written_out(e: Emission, call: Call) -> tuple[ir.Value, ...]:
     """In products and a softmax; a query without a key gives zeros."""
     dtype = call.out_of(0).dtype
-    keys, values = (
-        e.op("Concat", e.tensor(call[f"past_{name}"]), e.tensor(call[name]), axis=2)
-        for name in ("key", "value")
-    )
+    keys, values = (_rows(e, call, name) for name in ("key", "value"))
     heads, groups = (int(call.fake(name).shape[1]) for name in ("query", "key"))
     width, value_width = int(call.fake("query").shape[3]), int(call.fake("value").shape[3])
     # [batch, groups, heads of a group, ...]: each group of queries meets its keys.
     query = e.op("Reshape", e.tensor(call["query"]), e.ints(0, groups, heads // groups, -1, width))
-    turned = e.op("Transpose", keys, perm=[0, 1, 3, 2])
+    turned = e.op("Transpose", keys.read, perm=[0, 1, 3, 2])
     scaled = e.op("Mul", query, e.const(float(call["scale"]), dtype))
     scores = e.op("MatMul", scaled, e.op("Unsqueeze", turned, e.ints(2)))
     lengths = _lengths(e, call)
@@ -199,9 +229,9 @@ def _written_out(e: Emission, call: Call) -> tuple[ir.Value, ...]:
     weights = e.op("Where", seen, weights, e.const(0, dtype))
     split = e.op("Concat", e.ints(0, groups, heads // groups), *lengths, axis=0)
     weights = e.op("Reshape", weights, split)
-    result = e.op("MatMul", weights, e.op("Unsqueeze", values, e.ints(2)))
+    result = e.op("MatMul", weights, e.op("Unsqueeze", values.read, e.ints(2)))
     result = e.op("Reshape", result, e.ints(0, heads, -1, value_width))
-    return result, keys, values
+    return result, keys.held, values.held
 
 
 def _lengths(e: Emission, call: Call) -> tuple[ir.Value, ir.Value]:
