@@ -50,6 +50,9 @@ class QuantFormat:
             for ``"bfloat16"``, which `tolerance` covers.
         tolerance: How far results may be from those of the emulator, over the largest result.
         obstacle: Why the kernel can't take a weight of a shape, or nothing.
+        padded: Rows of codes are filled up to whole blocks, and rows of zero points to whole
+            bytes; otherwise only the last byte of all codes is.
+        held_bits: Of a code in files, where that depends on the shape.
     """
 
     name: str
@@ -63,6 +66,8 @@ class QuantFormat:
     activations: Activations = "same"
     tolerance: float = EXACT
     obstacle: Callable[[Shape], str] = any_shape
+    padded: bool = True
+    held_bits: Callable[[Shape], int] | None = None
 
     def __str__(self) -> str:
         return self.name if self.role == "linear" else f"{self.role} {self.name}"
@@ -82,9 +87,15 @@ class QuantFormat:
             bias: With the bias of a convolution of integers, which is stored with its unit, 8
                 bytes for an output instead of 4; of other layers it does not depend on the format.
         """
-        if self.storage is not None:
-            return weight_bytes(shape, self.storage)
         entries = torch.Size(shape).numel()
+        if self.storage is not None and self.padded:
+            return weight_bytes(shape, self.storage)
+        if self.storage is not None:
+            bits = self.bits if self.held_bits is None else self.held_bits(shape)
+            blocks = entries // shape[-1] * -(-shape[-1] // self.block)
+            zeros = 0 if self.symmetric else -(-blocks * bits // 8)
+            scales = blocks * self.storage.scale_dtype.itemsize
+            return -(-entries * bits // 8) + scales + zeros
         if self.bits >= 16:
             return entries * self.bits // 8
         more = 8 if bias and self.role == "convolution" else 0
@@ -96,6 +107,8 @@ def in_blocks(
     kernel: str,
     widths: Sequence[int] = WIDTHS,
     activations: Activations = "int8-block",
+    *,
+    padded: bool = True,
 ) -> Iterator[QuantFormat]:
     """Codes in blocks of every width and size, without and with zero points."""
     operator = lam.linear_nbits.default if role == "linear" else lam.embedding_nbits.default
@@ -112,6 +125,7 @@ def in_blocks(
                     symmetric,
                     torch.float16,
                     "same" if role == "embedding" else activations,
+                    padded=padded,
                 )
 
 

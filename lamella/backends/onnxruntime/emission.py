@@ -125,6 +125,8 @@ class Emission:
         fused: Nodes that something else than the emitter of their operator writes.
         counts: Values that no node of the graph computes, by name: the inputs that `Caches.BOUND`
             adds, and what attentions share.
+        least_opset: Version of the standard operators that types need; operators are those of
+            `options` all the same.
     """
 
     graph: Graph
@@ -138,6 +140,7 @@ class Emission:
     fused: dict[Node, Emitter] = field(default_factory=dict[Node, Emitter])
     counts: dict[str, ir.Value] = field(default_factory=dict[str, ir.Value])
     scope: str = ""
+    least_opset: int = 21
     _taken: set[str] = field(default_factory=set[str])
     _constants: dict[tuple[Any, ...], ir.Value] = field(
         default_factory=dict[tuple[Any, ...], ir.Value]

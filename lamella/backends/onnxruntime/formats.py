@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from lamella.backends.formats import QuantFormat, in_blocks
+from lamella.backends.formats import QuantFormat, Shape, in_blocks
+from lamella.backends.onnxruntime.emit.dequantized import TWO_BIT_OUTPUTS
 from lamella.ir.ops import aten, lam
 
 _LEVEL = "MatMulNBits, accuracy_level=4"
@@ -15,14 +17,18 @@ _STEP = 1.01 / 255
 """Likewise for an output that is rounded to 8 bits: one step of its range."""
 
 
-def formats(contrib: bool = True) -> Iterator[QuantFormat]:
-    """All of them; without `contrib` in standard operators.
+def _two_bits(shape: Shape) -> int:
+    return 4 if shape[0] % TWO_BIT_OUTPUTS else 2
 
-    In standard operators there is no type of 2 bits before opset 25, so that such codes are
-    stored in 4 and run in the kernel of 4.
-    """
+
+def formats(contrib: bool = True) -> Iterator[QuantFormat]:
+    """All of them; without `contrib` in standard operators, whose codes are not padded."""
     yield QuantFormat("fp32", "linear", aten.linear.default, 32, "MatMul")
-    yield from in_blocks("linear", _LEVEL if contrib else _STANDARD)
+    if contrib:
+        yield from in_blocks("linear", _LEVEL)
+    else:
+        for found in in_blocks("linear", _STANDARD, padded=False):
+            yield replace(found, held_bits=_two_bits) if found.bits == 2 else found
     linear, integers = lam.linear_int8.default, "MatMulIntegerToFloat"
     yield QuantFormat(
         "int8-rows", "linear", linear, 8, integers, activations="int8-row", tolerance=_TIE
@@ -47,7 +53,9 @@ def formats(contrib: bool = True) -> Iterator[QuantFormat]:
     )
     yield QuantFormat("fp32", "embedding", aten.embedding.default, 32, "Gather")
     yield from in_blocks(
-        "embedding", "GatherBlockQuantized" if contrib else "DequantizeLinear + Gather"
+        "embedding",
+        "GatherBlockQuantized" if contrib else "DequantizeLinear + Gather",
+        padded=contrib,
     )
     yield QuantFormat("fp32", "convolution", aten.conv2d.default, 32, "Conv")
     yield QuantFormat(

@@ -36,7 +36,7 @@ Names = Mapping[sympy.Symbol, str]
 
 _log = logging.getLogger(__name__)
 
-_IR_VERSION = {21: 10, 22: 10, 23: 11}
+_IR_VERSION = {21: 10, 22: 10, 23: 11, 25: 13}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def write_onnx(
 
     Args:
         graph: Holds canonical operators; left as it is.
-        opset: Version of the standard operators, 21 to 23.
+        opset: Version of the standard operators, 21 to 23. A model with codes of 2 bits that is
+            written without `contrib` says 25, for the type of the codes alone.
         contrib: Use operators of ONNX Runtime beside the standard ones.
         caches: How a graph with a cache is called; others than `Caches.PLAIN` need one whose
             attentions `binding_of` finds fit.
@@ -219,7 +220,8 @@ def _model(e: Emission, inputs: list[ir.Value], results: list[ir.Value]) -> ir.M
         inputs = [value for value in inputs if value in read]
     initializers = [value for value in e.initializers.values() if value in read]
     domains = {node.domain for node in nodes}
-    opsets = {"": e.options.opset} | ({MICROSOFT: 1} if MICROSOFT in domains else {})
+    opset = max(e.options.opset, e.least_opset)
+    opsets = {"": opset} | ({MICROSOFT: 1} if MICROSOFT in domains else {})
     onnx_graph = ir.Graph(
         inputs,
         results,
@@ -231,7 +233,7 @@ def _model(e: Emission, inputs: list[ir.Value], results: list[ir.Value]) -> ir.M
     _log.debug("wrote %d nodes and %d initializers", len(nodes), len(initializers))
     return ir.Model(
         onnx_graph,
-        ir_version=_IR_VERSION[e.options.opset],
+        ir_version=_IR_VERSION[opset],
         producer_name="lamella",
         producer_version=importlib.metadata.version("lamella"),
     )

@@ -1,8 +1,7 @@
 """Weights of few bits in standard ONNX: blocked `DequantizeLinear`, then the dense operator.
 
-Any runtime of opset 21 can run it. ONNX Runtime turns the form for linear layers into
-`MatMulNBits` with 8-bit activations when it loads the model. There is no type of 2 bits before
-opset 25, so that such codes take 4 bits.
+Any runtime of opset 21 can run it; types of 2 bits need opset 25. ONNX Runtime turns the form for
+linear layers into `MatMulNBits` with 8-bit activations when it loads the model.
 """
 
 from __future__ import annotations
@@ -18,21 +17,43 @@ from torch.fx import Node
 from lamella.backends.onnxruntime.emission import Call, Emission
 from lamella.ir.packing import unpack
 
+_KINDS = {
+    2: (ir.DataType.INT2, ir.DataType.UINT2),
+    4: (ir.DataType.INT4, ir.DataType.UINT4),
+    8: (ir.DataType.INT8, ir.DataType.UINT8),
+}
+_TWO_BITS = 25
+"""The first version of the standard operators with types of 2 bits."""
+
+TWO_BIT_OUTPUTS = 4
+"""Of a matrix whose outputs are no multiple of this ONNX Runtime 1.31 makes another one when it
+fuses codes of 2 bits; such codes are stored in 4."""
+
 
 def weight(e: Emission, call: Call) -> ir.Value:
     """The dense matrix itself, ``[out, in]``."""
-    codes = _Codes(call, int(call["features"]), int(call["bits"]), int(call["block"]))
+    bits = int(call["bits"])
+    codes = _Codes(call, int(call["features"]), bits, int(call["block"]), bits)
     return _matrix(e, codes, transposed=False)
 
 
 @dataclass(frozen=True)
 class _Codes:
-    """The codes of a matrix ``[rows, width]`` and how they are grouped."""
+    """The codes of a matrix ``[rows, width]`` and how they are grouped.
+
+    Attributes:
+        call: The layer.
+        width: Entries of a row.
+        bits: Of a code in the graph.
+        block: Entries that share a scale.
+        held: Bits of a code in the file.
+    """
 
     call: Call
     width: int
     bits: int
     block: int
+    held: int
 
     @property
     def symmetric(self) -> bool:
@@ -42,9 +63,8 @@ class _Codes:
     @property
     def kind(self) -> ir.DataType:
         """The ONNX type that holds a code."""
-        if self.bits == 8:
-            return ir.DataType.INT8 if self.symmetric else ir.DataType.UINT8
-        return ir.DataType.INT4 if self.symmetric else ir.DataType.UINT4
+        signed, unsigned = _KINDS[self.held]
+        return signed if self.symmetric else unsigned
 
 
 def linear(e: Emission, call: Call) -> ir.Value:
@@ -53,7 +73,9 @@ def linear(e: Emission, call: Call) -> ir.Value:
     Of a product with two axes, a bias and an activation ONNX Runtime makes a `FusedGemm` first,
     which dequantizes in every call; with three axes it does not.
     """
-    codes = _Codes(call, int(call.fake("input").shape[-1]), int(call["bits"]), int(call["block"]))
+    outputs, bits = int(call.fake("packed").shape[0]), int(call["bits"])
+    held = 4 if bits == 2 and outputs % TWO_BIT_OUTPUTS else bits
+    codes = _Codes(call, int(call.fake("input").shape[-1]), bits, int(call["block"]), held)
     x, bias = e.tensor(call["input"]), e.optional(call["bias"])
     matrix = _matrix(e, codes, transposed=True)
     if bias is None:
@@ -66,13 +88,16 @@ def linear(e: Emission, call: Call) -> ir.Value:
 
 def embedding(e: Emission, call: Call) -> ir.Value:
     """Rows of the dense table."""
-    codes = _Codes(call, int(call["features"]), int(call["bits"]), int(call["block"]))
+    bits = int(call["bits"])
+    codes = _Codes(call, int(call["features"]), bits, int(call["block"]), bits)
     table = _matrix(e, codes, transposed=False)
     return e.op("Gather", table, e.tensor(call["indices"]), axis=0)
 
 
 def _matrix(e: Emission, codes: _Codes, *, transposed: bool) -> ir.Value:
     call, dtype = codes.call, codes.call.out.dtype
+    if codes.held == 2:
+        e.least_opset = _TWO_BITS
     packed = call["packed"]
     key = (packed, f"dense {transposed}")
     # ONNX Runtime fuses a weight with one reader only, so that only tables are shared.
