@@ -31,17 +31,11 @@ class Menu:
     frozen: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def allowed(self, group: Group) -> tuple[Format, ...]:
-        """The formats that every member may have; the widest if all are too narrow.
-
-        A block that the columns of a member don't fill is left out where another of the same
-        width fills them: its padding takes bytes, and checkpoints can't store it.
-        """
+        """The formats that every member may have; the widest if all are too narrow."""
         floor = max(
             max(self.floors.get(site.role, 0), self.frozen.get(site.weight, 0)) for site in group
         )
-        wide = tuple(f for f in self.formats if f.bits >= floor) or self.formats[-1:]
-        filled = {f.bits for f in wide if _fills(f, group)}
-        return tuple(f for f in wide if f.bits not in filled or _fills(f, group))
+        return tuple(f for f in self.formats if f.bits >= floor) or self.formats[-1:]
 
 
 def formats_of(
@@ -88,8 +82,3 @@ def _format(text: str, usual: Format) -> Format:
 
 def _width(format: Format) -> tuple[int, int, bool]:
     return (format.bits, weight_bytes(_ROW, format), format.symmetric)
-
-
-def _fills(format: Format, group: Group) -> bool:
-    """Whether the rows of every member are whole blocks."""
-    return all(site.shape[-1] % format.block == 0 for site in group)
