@@ -21,7 +21,8 @@ from benchmarks.quantization.allocators import ALLOCATORS, OVERHEAD, Spending, c
 from benchmarks.quantization.judge import Judge
 from benchmarks.quantization.nncf_peer import Nncf
 from benchmarks.record import Result
-from benchmarks.scores.cases import CASES
+from benchmarks.scores.cases import CASES, Case
+from lamella.passes.base import Analyses
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
 OURS = "fisher"
@@ -62,8 +63,9 @@ def save(found: dict[str, list[Tensor | None]], path: Path) -> None:
 def measured(judge: Judge, allocator: str, budgets: Sequence[float]) -> list[Tensor | None]:
     """The losses of each sequence at every budget."""
     found: list[Tensor | None] = []
+    analyses = analyses_of(judge.case)
     for bits in budgets:
-        spending = Spending.of(judge.case, bits)
+        spending = Spending(analyses, bits)
         plan = ALLOCATORS[allocator](spending)
         size = cost(spending.groups, plan)
         losses = judge.losses(plan) if size <= spending.room else None
@@ -73,6 +75,11 @@ def measured(judge: Judge, allocator: str, budgets: Sequence[float]) -> list[Ten
     return found
 
 
+def analyses_of(case: Case) -> Analyses:
+    """Of the model on its first set of samples."""
+    return Analyses(case.graph.copy(), case.seen[0])
+
+
 def beside(
     judge: Judge, python: str, folder: Path, budgets: Sequence[float]
 ) -> list[Tensor | None]:
@@ -80,8 +87,9 @@ def beside(
     peer = Nncf(python, judge, folder)
     peer.prepare()
     found: list[Tensor | None] = []
+    analyses = analyses_of(judge.case)
     for bits in budgets:
-        best = peer.best(Spending.of(judge.case, bits))
+        best = peer.best(Spending(analyses, bits))
         found.append(None if best is None else best[2])
         told = "none" if best is None else f"{best[0]}: {best[1]} bytes, {judge.mean(best[2]):.5f}"
         logger.info("%s NNCF %.1f: %s", judge.case.name, bits, told)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import lamella
-from benchmarks.scores.cases import Case
-from lamella.data import Samples
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format, weight_bytes
 from lamella.passes.base import Analyses
 from lamella.passes.scores import score
 from lamella.passes.sites import Site, find_sites, tie_groups
+from lamella.passes.transforms.allocate_bits import AllocateBits
 
 BLOCK = 32
 WIDTHS = (2, 4, 8)
@@ -29,19 +28,17 @@ class Spending:
     """A model, the samples that may be looked at, and the bytes that may be spent.
 
     Attributes:
-        graph: The model.
-        samples: For those that look at data.
+        analyses: Of the model on the samples; what it has found serves every number of bytes.
         bits: Bits per weight, without the scales of blocks of `BLOCK`.
     """
 
-    graph: Graph = field(repr=False)
-    samples: Samples = field(repr=False)
+    analyses: Analyses = field(repr=False)
     bits: float
 
-    @classmethod
-    def of(cls, case: Case, bits: float) -> Spending:
-        """With the first set of samples."""
-        return cls(case.graph, case.seen[0], bits)
+    @property
+    def graph(self) -> Graph:
+        """The model."""
+        return self.analyses.graph
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -88,7 +85,7 @@ def uniform(spending: Spending) -> Plan:
 def lim_order(spending: Spending) -> Plan:
     """Layer-Wise Quantization: the blocks that change the stream most get the higher width."""
     low, high = spending.widths()
-    found = Analyses(spending.graph, spending.samples).get(score("lim"))
+    found = spending.analyses.get(score("lim"))
     importance = found.importance()
     block_of = _blocks(spending.graph)
     rest = [g for g in spending.groups if block_of(g) not in importance]
@@ -129,23 +126,23 @@ def at_random(seed: int) -> Callable[[Spending], Plan]:
     return plan
 
 
-def ours(by: str, options: str = "") -> Callable[[Spending], Plan]:
+def ours(by: str, **options: Any) -> Callable[[Spending], Plan]:
     """`allocate-bits` with a score; without options what its defaults give."""
 
     def plan(spending: Spending) -> Plan:
-        graph = spending.graph.copy()
-        budget = f"budget={spending.bits + OVERHEAD} by={by} {options}"
-        floors = "embedding_min=2 head_min=2 min_size=0"
-        lamella.transform(graph, [f"allocate-bits {budget} {floors}"], samples=spending.samples)
-        return dict(graph.plan)
+        floors = {"embedding_min": 2, "head_min": 2, "min_size": 0}
+        AllocateBits(budget=spending.bits + OVERHEAD, by=by, **floors, **options).run(
+            spending.graph, spending.analyses
+        )
+        return dict(spending.graph.plan)
 
     return plan
 
 
 ALLOCATORS: dict[str, Callable[[Spending], Plan]] = {
     "fisher": ours("fisher"),
-    "fisher, not measured": ours("fisher", "measure=false"),
-    "fisher, blocks of 32": ours("fisher", f"block={BLOCK}"),
+    "fisher, not measured": ours("fisher", measure=False),
+    "fisher, blocks of 32": ours("fisher", block=BLOCK),
     "relevance": ours("relevance"),
     "uniform": uniform,
     "LIM order": lim_order,
