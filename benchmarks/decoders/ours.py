@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from benchmarks.decoders.candidate import STEPS, Call, Candidate, prompt, token
 from lamella.backends.decoder import Decoder
 from lamella.backends.onnxruntime.backend import OnnxRuntimeBackend
 from lamella.ir.graph import Graph
 from lamella.passes.base import Analyses
 from lamella.passes.transforms.allocate_bits import AllocateBits
+from lamella.passes.transforms.quantize_cache import QuantizeCache
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 from lamella.rewrite.incremental import incremental
 
@@ -24,6 +27,17 @@ def quantized(graph: Graph, bits: int, block: int, activations: str = "none") ->
     chosen = graph.copy()
     pass_ = QuantizeWeights(bits=bits, block=block, activations=activations)
     pass_.run(chosen, Analyses(chosen))
+    chosen.finish()
+    return chosen
+
+
+def with_codes(graph: Graph) -> Graph:
+    """A copy whose cache holds codes of 8 bits; the scales are those of a few random prompts."""
+    chosen = graph.copy()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(1000, (4, 128), generator=generator)
+    samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows.split(1)]
+    QuantizeCache().run(chosen, Analyses(chosen, samples))
     chosen.finish()
     return chosen
 
@@ -46,6 +60,10 @@ def ours(graph: Graph, capacity: int) -> Iterator[Candidate]:
         else:
             name = f"lamella, {bits} bits, blocks of {block}"
             yield candidate(name, quantized(graph, bits, block), capacity)
+    codes = with_codes(graph)
+    for block in (32, 128):
+        name = f"lamella, 4 bits, blocks of {block}, 8-bit cache"
+        yield candidate(name, quantized(codes, 4, block), capacity)
     integers = quantized(graph, 8, 128, "int8-tensor")
     yield candidate("lamella, 8 bits, 8-bit activations", integers, capacity)
     yield candidate(f"lamella, {MIXED} bits mixed", mixed(graph), capacity)
