@@ -206,6 +206,10 @@ class Backend(abc.ABC):
         """The formats of weights that it has kernels for; none where nobody says."""
         return ()
 
+    def trial(self) -> Backend:
+        """A backend with the same kernels that lowers at once, for probes."""
+        return self
+
     def without(self, format: QuantFormat) -> Backend | None:
         """A backend that runs a format exactly without its kernel; None where it can't.
 

@@ -36,6 +36,7 @@ __all__ = [
     "int4_linear",
     "int4_packed",
     "int8_linear",
+    "int8_product",
     "settled",
     "statically_known_true",
     "symbolic_mode",
@@ -112,3 +113,8 @@ def int4_linear(
 def int8_linear(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """bfloat16 ``[rows, in]`` by weights of 8 bits with a scale for each output."""
     return torch.ops.aten._weight_int8pack_mm.default(input, codes, scales)
+
+
+def int8_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """int8 ``[rows, in]`` by int8 ``[in, out]``, as int32."""
+    return torch.ops.aten._int_mm.default(left, right)

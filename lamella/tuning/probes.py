@@ -115,7 +115,7 @@ class Prober:
         missing = [format for format in wanted if _names(format)[0] not in known]
         for done, format in enumerate(missing):
             self._progress(done, len(missing))
-            new |= dict(zip(_names(format), _run(self._backend, format), strict=True))
+            new |= dict(zip(_names(format), _run(self._backend.trial(), format), strict=True))
         if new:
             self._keep(new)
         found = known | new

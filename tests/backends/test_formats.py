@@ -18,6 +18,7 @@ from lamella.backends.onnxruntime.backend import OnnxRuntimeBackend
 from lamella.backends.onnxruntime.files import MODEL, save_model
 from lamella.backends.onnxruntime.session import Session
 from lamella.backends.onnxruntime.writer import write_onnx
+from lamella.backends.torch.aot import AotBackend
 from lamella.backends.torch.eager import EagerBackend
 from lamella.ir.graph import Graph
 from lamella.ir.packing import unpack
@@ -28,6 +29,8 @@ BACKENDS: dict[str, Backend] = {
     "standard": OnnxRuntimeBackend(threads=1, contrib=False),
     "eager": EagerBackend(),
     "bfloat16": EagerBackend(bfloat16=True),
+    # The kernels of the aot backend, without a compiler around them.
+    "aot": AotBackend().trial(),
 }
 RAGGED = ((48, 70), (33, 200), (80, 130))
 """Outputs and inputs; the inputs are no whole blocks of any size."""

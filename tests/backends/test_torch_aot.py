@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from lamella.backends.torch import aot
 from lamella.errors import BackendError, SamplesError
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+
+lam = torch.ops.lamella
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -96,3 +99,52 @@ def test_a_missing_compiler_is_said_before_any_work(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BackendError, match=r"no-such-compiler.*install g\+\+"):
         lamella.compile("nowhere", passes=[], backend="aot")
+
+
+@pytest.fixture(scope="module")
+def integers():
+    """Three layers in 8-bit integers, whose inputs are rounded in three ways."""
+    torch.manual_seed(0)
+    sizes = (70, 48, 33, 16)
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    graph = lamella.capture(model.eval(), (torch.randn(4, 70),))
+    options = "bits=8 min_size=1 min_rows=0 activations=int8-tensor"
+    lamella.transform(graph, [f"quantize-weights {options}"])
+    first, _, last = graph.find(lam.linear_int8.default)
+    graph.set_operand(first, "per_row", True)
+    operands = [graph.operand(last, name) for name in ("input", "weight", "scales", "bias")]
+    static = graph.call(lam.linear_int8_static.default, *operands, 0.01, 3, before=last)
+    graph.replace(last, static)
+    graph.finish()
+    return graph, lamella.lower(graph, "aot")
+
+
+@pytest.mark.slow
+def test_products_of_integers_are_compiled(integers, tmp_path):
+    graph, executable = integers
+    executable.save(tmp_path / "out")
+    loaded = lamella.load(tmp_path / "out")
+    held = {tensor.dtype for tensor in executable._weights.values()}
+    assert torch.int8 in held
+    for rows in (1, 4, 9):
+        x = torch.randn(rows, 70, generator=torch.Generator().manual_seed(rows))
+        # Sums of integers are exact; a code at a tie may fall to the other side.
+        torch.testing.assert_close(executable(x), graph(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(loaded(x), executable(x), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_integers_are_held_as_floats_where_their_kernel_is_not_to_be_used(integers):
+    graph, _ = integers
+    without = aot.AotBackend().without(aot.AotBackend().formats()[0])
+    assert without == aot.AotBackend(integers="floats")
+    executable = without.lower(graph)
+    assert torch.int8 not in {tensor.dtype for tensor in executable._weights.values()}
+    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(executable(x), graph(x), rtol=1e-3, atol=1e-3)
+
+
+def test_weights_in_the_layout_of_onednn_are_refused():
+    with pytest.raises(ValueError, match="can't be traced"):
+        aot.AotBackend(integers="onednn")

@@ -38,7 +38,17 @@ def test_products_of_integers_are_exact(shape: tuple[int, int, int]) -> None:
     x, codes, scales, bias = case(*shape)
     packed = kernels.packed_integers(codes)
     # Sums of integers are exact; the order of two products of float32 is left.
+    columns = kernels.packed_columns(codes)
     pairs = [
+        (kernels.traced_rows(x, *columns, scales, bias), linear_int8(x, codes, scales, bias, True)),
+        (
+            kernels.traced_tensor(x, *columns, scales, bias),
+            linear_int8(x, codes, scales, bias, False),
+        ),
+        (
+            kernels.traced_static(x, *columns, scales, bias, 0.02, 117),
+            linear_int8_static(x, codes, scales, bias, 0.02, 117),
+        ),
         (kernels.linear_rows(x, packed, scales, bias), linear_int8(x, codes, scales, bias, True)),
         (
             kernels.linear_tensor(x, packed, scales, bias),

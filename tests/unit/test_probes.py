@@ -151,7 +151,7 @@ def test_eager_has_another_exact_route(tmp_path: Path, monkeypatch: pytest.Monke
     graph, x = integer_graph(), torch.randn(4, 64)
     found = offered(graph, EAGER, tmp_path)
     assert found.graph is graph
-    assert found.backend == EagerBackend(integers=False)
+    assert found.backend == EagerBackend(integers="floats")
     assert found.remarks[0].endswith("its layers run without it, as exactly")
     executable = found.backend.lower(graph)
     assert isinstance(executable, EagerExecutable)

@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,10 +27,12 @@ from torch.export import Dim
 
 from lamella.backends.artifact import Artifact
 from lamella.backends.base import Backend, Executable
+from lamella.backends.formats import QuantFormat
 from lamella.backends.inputs import check_inputs, example_inputs
-from lamella.backends.torch.eager import not_canonical
+from lamella.backends.torch.eager import INTEGERS, EagerBackend, not_canonical
+from lamella.backends.torch.formats import of_integers
 from lamella.backends.torch.inductor import compile_package, load_package
-from lamella.backends.torch.lowered import lowered
+from lamella.backends.torch.lowered import Integers, Kernels, lowered
 from lamella.backends.torch.portable import Portable
 from lamella.errors import BackendError
 from lamella.ir.adjoint_attention import ATTENTION_REFERENCE
@@ -64,15 +67,21 @@ class AotExecutable(Executable):
     backend = "aot"
 
     def __init__(
-        self, portable: Portable, package: Path, signature: Signature, report: Report | None
+        self,
+        portable: Portable,
+        package: Path,
+        signature: Signature,
+        report: Report | None,
+        integers: Integers = "floats",
     ) -> None:
         """Load the machine code of `package` and give it the weights of `portable`."""
         super().__init__(signature, report, portable.inputs)
         self._portable = portable
         self._package = package
+        self._integers = integers
         self._compiled = load_package(package)
         # The compiled code keeps pointers only: the tensors must live as long as it does.
-        held = dict(_traceable(portable).named_buffers())
+        held = dict(_traceable(portable, integers).named_buffers())
         self._weights = {name: held[name] for name in self._compiled.get_constant_fqns()}
         self._compiled.load_constants(self._weights, check_full_update=True, user_managed=True)
 
@@ -96,13 +105,48 @@ class AotExecutable(Executable):
         """Write the portable graph and the package beside it."""
         self._portable.write(folder)
         shutil.copyfile(self._package, folder / PACKAGE)
-        return {"machine": machine()}
+        return {"machine": machine(), "integers": self._integers}
 
 
+@dataclass(frozen=True)
 class AotBackend(Backend):
-    """Compiles graphs ahead of time with AOTInductor; needs a C++ compiler."""
+    """Compiles graphs ahead of time with AOTInductor; needs a C++ compiler.
+
+    Products of 8-bit integers run in a kernel of integers that compiled code calls. Other weights
+    of few bits are unpacked once: the kernel of 4 bits of PyTorch multiplies in bfloat16, which
+    is an approximation that only the eager backend offers, to who asks for it.
+
+    Attributes:
+        integers: What multiplies integers: ``"traced"``, or ``"floats"``, in which products of 8
+            bits are as exact.
+        slow_kernels: Use kernels that are slower than floats on this machine too.
+    """
 
     name: ClassVar[str] = "aot"
+
+    integers: Integers = "traced"
+    slow_kernels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.integers == "onednn":
+            raise ValueError(
+                "integers must be 'traced' or 'floats' for the aot backend: weights in the layout "
+                "of oneDNN can't be traced"
+            )
+
+    def formats(self) -> Sequence[QuantFormat]:
+        """The formats of weights that compiled code has kernels for."""
+        return tuple(of_integers(self.integers))
+
+    def trial(self) -> EagerBackend:
+        """The same kernels, without a compiler around them."""
+        return EagerBackend(integers=self.integers)
+
+    def without(self, format: QuantFormat) -> AotBackend | None:
+        """Products of integers are exact in floats too."""
+        if self.integers == "floats" or format.operator not in INTEGERS:
+            return None
+        return replace(self, integers="floats")
 
     def ensure_available(self) -> None:
         """Refuse when there is no C++ compiler.
@@ -131,7 +175,7 @@ class AotBackend(Backend):
         self.ensure_available()
         self.check(graph)
         portable = Portable.of(graph)
-        return _compiled(portable, graph.signature, report)
+        return _compiled(portable, graph.signature, report, self.integers)
 
     def load(self, artifact: Artifact) -> AotExecutable:
         """The executable in a folder; compiled again on another kind of machine.
@@ -144,6 +188,8 @@ class AotBackend(Backend):
         report = None if described.report is None else Report.from_json(described.report)
         signature = Signature.from_json(described.signature)
         portable = Portable.read(artifact.folder)
+        # What was saved without saying so holds codes of integers as floats.
+        integers: Integers = described.details.get("integers", "floats")
         package = artifact.folder / PACKAGE
         if described.details.get("machine") != machine() or not package.is_file():
             logger.warning(
@@ -153,8 +199,8 @@ class AotBackend(Backend):
                 machine(),
             )
             self.ensure_available()
-            return _compiled(portable, signature, report)
-        return AotExecutable(portable, package, signature, report)
+            return _compiled(portable, signature, report, integers)
+        return AotExecutable(portable, package, signature, report, integers)
 
 
 def machine() -> str:
@@ -163,12 +209,14 @@ def machine() -> str:
     return f"torch {torch.__version__} {platform.system()} {platform.machine()} {vectors}"
 
 
-def _compiled(portable: Portable, signature: Signature, report: Report | None) -> AotExecutable:
+def _compiled(
+    portable: Portable, signature: Signature, report: Report | None, integers: Integers
+) -> AotExecutable:
     """Compile into a folder that goes when the executable goes."""
     folder = Path(tempfile.mkdtemp(prefix="lamella-aot-"))
     try:
-        package = _compile(portable, folder / PACKAGE)
-        executable = AotExecutable(portable, package, signature, report)
+        package = _compile(portable, folder / PACKAGE, integers)
+        executable = AotExecutable(portable, package, signature, report, integers)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -188,12 +236,14 @@ def compile_whole(portable: Portable, package: Path) -> Path:
     Raises:
         BackendError: The compiler fails.
     """
-    return _compile(portable, package, with_weights=True)
+    return _compile(portable, package, "traced", with_weights=True)
 
 
-def _compile(portable: Portable, package: Path, *, with_weights: bool = False) -> Path:
+def _compile(
+    portable: Portable, package: Path, integers: Integers, *, with_weights: bool = False
+) -> Path:
     """Compile the graph, without its weights unless asked for, into the file `package`."""
-    module = _traceable(portable)
+    module = _traceable(portable, integers)
     # Sizes above 1, and different ones, so that no size becomes a constant.
     sample = tuple(example_inputs(portable.inputs, batch=2, sequence=16))
     shapes = tuple(
@@ -213,9 +263,9 @@ def _compile(portable: Portable, package: Path, *, with_weights: bool = False) -
             ) from error
 
 
-def _traceable(portable: Portable) -> fx.GraphModule:
+def _traceable(portable: Portable, integers: Integers) -> fx.GraphModule:
     """The module with dense weights, and references in place of operators of Lamella."""
-    module = lowered(portable.module()).module
+    module = lowered(portable.module(), Kernels(integers)).module
     references = {**REFERENCE, **CACHED_REFERENCE, **ADJOINT_REFERENCE, **ATTENTION_REFERENCE}
     references |= INTEGER_REFERENCE
     references |= ROUNDING_REFERENCE

@@ -20,7 +20,7 @@ from lamella.backends.formats import QuantFormat
 from lamella.backends.inputs import check_inputs
 from lamella.backends.torch.formats import formats
 from lamella.backends.torch.kernels import no_integer_products
-from lamella.backends.torch.lowered import UNPACKED, Kernels, Lowered, lowered
+from lamella.backends.torch.lowered import UNPACKED, Integers, Kernels, Lowered, lowered
 from lamella.backends.torch.portable import Portable
 from lamella.ir import ops
 from lamella.ir.graph import Graph
@@ -29,7 +29,7 @@ from lamella.report import Report
 
 lam = torch.ops.lamella
 
-_INTEGERS = (lam.linear_int8.default, lam.linear_int8_static.default)
+INTEGERS = (lam.linear_int8.default, lam.linear_int8_static.default)
 
 
 class EagerExecutable(Executable):
@@ -70,8 +70,8 @@ class EagerExecutable(Executable):
         """Write the portable graph."""
         self._portable.write(folder)
         allowed = self.lowered.kernels
-        told = {"bfloat16": True} if allowed.bfloat16 else {}
-        return told if allowed.integers else told | {"integers": False}
+        told: dict[str, Any] = {"bfloat16": True} if allowed.bfloat16 else {}
+        return told if allowed.integers == "onednn" else told | {"integers": allowed.integers}
 
     @property
     def unpacked(self) -> int:
@@ -89,13 +89,13 @@ class EagerBackend(Backend):
     Attributes:
         bfloat16: Let linear layers multiply in bfloat16, with weights of 4 bits in a kernel of
             their own. The results are approximations: bfloat16 has 8 bits of precision.
-        integers: Multiply integers in the kernel of oneDNN; otherwise they are held as floats,
-            in which their products are as exact.
+        integers: What multiplies integers: ``"onednn"``; ``"traced"``, operators of ATen that
+            compilers trace; or ``"floats"``, in which products of 8 bits are as exact.
         slow_kernels: Use kernels that are slower than floats on this machine too.
     """
 
     bfloat16: bool = False
-    integers: bool = True
+    integers: Integers = "onednn"
     slow_kernels: bool = False
 
     name: ClassVar[str] = "eager"
@@ -106,7 +106,7 @@ class EagerBackend(Backend):
 
     def formats(self) -> Sequence[QuantFormat]:
         """The formats of weights that PyTorch has kernels for, and those that are unpacked."""
-        return tuple(formats(self.bfloat16))
+        return tuple(formats(self.bfloat16, self.integers))
 
     def lower(self, graph: Graph, report: Report | None = None) -> EagerExecutable:
         """An executable with weights of its own.
@@ -133,21 +133,25 @@ class EagerBackend(Backend):
         signature = Signature.from_json(described.signature)
         portable = Portable.read(artifact.folder)
         bfloat16 = self.bfloat16 or bool(described.details.get("bfloat16"))
-        integers = self.integers and described.details.get("integers") is not False
-        allowed = Kernels(integers and not no_integer_products(), bfloat16)
+        kept = described.details.get("integers", self.integers)
+        allowed = Kernels(_usable(kept), bfloat16)
         return EagerExecutable(portable, signature, report, allowed)
 
     def without(self, format: QuantFormat) -> EagerBackend | None:
         """Products of integers are exact in floats too; other formats have one route."""
-        if self.bfloat16 or not self.integers or format.operator not in _INTEGERS:
+        if self.bfloat16 or self.integers == "floats" or format.operator not in INTEGERS:
             return None
-        return replace(self, integers=False)
+        return replace(self, integers="floats")
 
     def _kernels(self, graph: Graph) -> Kernels:
         """What may be used; kernels are tried only where there is something for them."""
-        wanted = self.integers and bool(graph.find(*_INTEGERS))
-        allowed = self.integers and not (wanted and no_integer_products())
-        return Kernels(allowed, self.bfloat16)
+        wanted = bool(graph.find(*INTEGERS))
+        return Kernels(_usable(self.integers) if wanted else self.integers, self.bfloat16)
+
+
+def _usable(integers: Integers) -> Integers:
+    """What multiplies integers, unless it is wrong here."""
+    return "floats" if integers == "onednn" and no_integer_products() else integers
 
 
 def bfloat16_backend() -> EagerBackend:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lamella.ir import torch_private
 from lamella.ir.integer_operators import TOP, static_codes
-from lamella.ir.operators import linear_int8, rounded_rows
+from lamella.ir.operators import linear_int8, rounded_rows, rounded_tensor
 
 INT4_BLOCKS = (32, 64, 128)
 """Blocks that the kernel of 4 bits takes."""
@@ -71,6 +71,61 @@ def linear_static(
     return (result if bias is None else result + bias).to(input.dtype)
 
 
+def traced_rows(
+    input: Tensor, columns: Tensor, sums: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """As `linear_rows`, of ATen operators alone, which compilers trace.
+
+    Args:
+        input: ``[..., in]``.
+        columns: Codes as int8, ``[in, out]``.
+        sums: Of the columns, int32 ``[out]``; where zero is the middle they are of no use.
+        scales: float32, ``[out]``.
+        bias: ``[out]`` or None.
+    """
+    codes, step = rounded_rows(input)
+    result = _traced_product(codes, columns).float() * scales * step
+    return (result if bias is None else result + bias).to(input.dtype)
+
+
+def traced_tensor(
+    input: Tensor, columns: Tensor, sums: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """As `linear_tensor`, of ATen operators alone."""
+    codes, step = rounded_tensor(input)
+    low, high = functional.pad(codes.flatten(), (0, 1)).aminmax()
+    result = _traced_around(codes, ((low + high) / 2).ceil(), columns, sums) * (step * scales)
+    return (result if bias is None else result + bias).to(input.dtype)
+
+
+def traced_static(  # noqa: PLR0913  (the arguments of the operator)
+    input: Tensor,
+    columns: Tensor,
+    sums: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    step: float,
+    zero: int,
+) -> Tensor:
+    """As `linear_static`, of ATen operators alone."""
+    codes, middle = static_codes(input, step, zero), torch.tensor(_MIDDLE - zero)
+    result = _traced_around(codes, middle, columns, sums) * (scales * step)
+    return (result if bias is None else result + bias).to(input.dtype)
+
+
+def _traced_around(codes: Tensor, middle: Tensor, columns: Tensor, sums: Tensor) -> Tensor:
+    """Codes in ``[middle - 128, middle + 127]`` by int8 ones, exactly; float32."""
+    total = _traced_product(codes - middle, columns)
+    return (total + sums * middle.to(torch.int32)).float()
+
+
+def _traced_product(codes: Tensor, columns: Tensor) -> Tensor:
+    """Codes in [-128, 127] by int8 ones, int32."""
+    flat = codes.to(torch.int8).reshape(-1, columns.shape[0])
+    found = torch_private.int8_product(flat, columns)
+    return found.reshape(*codes.shape[:-1], columns.shape[1])
+
+
 def _product(codes: Tensor, grid: tuple[float, int], packed: Tensor, scales: Tensor) -> Tensor:
     """Codes of a grid by packed ones, float32."""
     flat = codes.flatten(0, -2) if codes.ndim != 2 else codes
@@ -78,6 +133,11 @@ def _product(codes: Tensor, grid: tuple[float, int], packed: Tensor, scales: Ten
     none = (1.0, 0, torch.float32, "none", [], "")
     result = torch.ops.onednn.qlinear_pointwise(flat, *grid, packed, scales, zeros, None, *none)
     return result.reshape(*codes.shape[:-1], scales.shape[0])
+
+
+def packed_columns(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes ``[out, in]`` as `traced_rows` wants them, and the sums of columns."""
+    return codes.t().contiguous(), codes.sum(1, dtype=torch.int32)
 
 
 @functools.cache

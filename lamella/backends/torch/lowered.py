@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -28,10 +28,15 @@ aten = torch.ops.aten
 lam = torch.ops.lamella
 
 INTEGERS = "products of 8-bit integers (oneDNN)"
+TRACED = "products of 8-bit integers"
 INT4 = "weights of 4 bits and bfloat16 (int4pack)"
 INT8 = "weights of 8 bits and bfloat16 (int8pack)"
 BFLOAT16 = "weights in bfloat16"
 UNPACKED = "unpacked once"
+
+
+Integers = Literal["onednn", "traced", "floats"]
+"""What multiplies 8-bit integers; sums of integers are exact in floats too."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,12 @@ class Kernels:
     """Which kernels may be used.
 
     Attributes:
-        integers: Those that multiply integers, exactly.
+        integers: Those that multiply integers, exactly: by oneDNN, or by operators of ATen that a
+            compiler can trace; or none.
         bfloat16: Those that multiply in bfloat16, which is an approximation.
     """
 
-    integers: bool = False
+    integers: Integers = "floats"
     bfloat16: bool = False
 
 
@@ -135,9 +141,12 @@ def _linear_int8(state: Lowered, node: Node) -> None:
     bound = ops.bind(node)
     input, weight, scales, bias, per_row = bound.values()
     codes = _read(state.module, weight)
-    if state.kernels.integers:
+    if state.kernels.integers == "onednn":
         target = kernels.linear_rows if per_row else kernels.linear_tensor
         _swap(node, target, (input, _integers(state, weight), scales, bias))
+    elif state.kernels.integers == "traced":
+        target = kernels.traced_rows if per_row else kernels.traced_tensor
+        _swap(node, target, (input, *_columns(state, weight), scales, bias))
     elif state.kernels.bfloat16 and not kernels.int8_obstacle(*codes.shape):
         _swap(node, kernels.linear_int8_weights, (input, weight, scales, bias))
         state.counts[INT8] += 1
@@ -147,8 +156,10 @@ def _linear_int8(state: Lowered, node: Node) -> None:
 
 def _linear_int8_static(state: Lowered, node: Node) -> None:
     input, weight, *rest = ops.bind(node).values()
-    if state.kernels.integers:
+    if state.kernels.integers == "onednn":
         _swap(node, kernels.linear_static, (input, _integers(state, weight), *rest))
+    elif state.kernels.integers == "traced":
+        _swap(node, kernels.traced_static, (input, *_columns(state, weight), *rest))
     else:
         _swap(node, linear_int8_static, (input, _wide(state, weight), *rest))
 
@@ -237,6 +248,16 @@ def _integers(state: Lowered, weight: Node) -> Node:
     state.counts[INTEGERS] += 1
     make = lambda: kernels.packed_integers(codes)  # noqa: E731  (a name would say no more)
     return _held(state, (weight, INTEGERS), f"{weight.target}_packed", make)
+
+
+def _columns(state: Lowered, weight: Node) -> tuple[Node, Node]:
+    """The nodes that read codes of integers column by column, and their sums."""
+    columns, sums = kernels.packed_columns(_read(state.module, weight))
+    state.counts[TRACED] += 1
+    return (
+        _held(state, (weight, TRACED), f"{weight.target}_columns", lambda: columns),
+        _held(state, (weight, "sums"), f"{weight.target}_sums", lambda: sums),
+    )
 
 
 def _held(state: Lowered, key: tuple[object, ...], name: str, make: Callable[[], Tensor]) -> Node:
