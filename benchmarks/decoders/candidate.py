@@ -39,6 +39,7 @@ class Sizes:
 
     Attributes:
         vocabulary: Tokens.
+        layers: Of the model.
         heads: Heads of keys and values.
         width: Of a head.
         embedding_bytes: Bytes of the table of embeddings in float32; 0 when the head reads it too.
@@ -46,6 +47,7 @@ class Sizes:
     """
 
     vocabulary: int
+    layers: int
     heads: int
     width: int
     embedding_bytes: int
@@ -58,6 +60,7 @@ class Sizes:
         table = config.vocab_size * config.hidden_size * 4
         return cls(
             vocabulary=config.vocab_size,
+            layers=config.num_hidden_layers,
             heads=config.num_key_value_heads,
             width=config.head_dim,
             embedding_bytes=0 if config.tie_word_embeddings else table,

@@ -16,8 +16,11 @@ from benchmarks.decoders.candidate import STEPS, Call, Candidate, Sizes, prompt,
 from lamella.backends.onnxruntime.session import Session
 from lamella.backends.onnxruntime.threads import physical_cores
 
-PRECISIONS = (("int4", 32), ("int4", 128), ("fp32", 32))
-"""Precision and block; the builder's own default is 32."""
+BUILDS = (
+    *(("int4", 32, False), ("int4", 32, True), ("int4", 128, False), ("int4", 128, True)),
+    ("fp32", 32, False),
+)
+"""Precision, block (the builder's own default is 32), and whether the cache holds 8-bit codes."""
 
 
 def is_there() -> bool:
@@ -27,13 +30,15 @@ def is_there() -> bool:
 
 def built(source: Path, place: Path, sizes: Sizes) -> Iterator[Candidate | str]:
     """Sessions of what the builder makes, its caches bound as ours; a name for each failure."""
-    for precision, block in PRECISIONS:
+    for precision, block, codes in BUILDS:
         name = f"genai builder, {precision}" + (f", blocks of {block}" * (precision == "int4"))
-        target = place / f"{precision}-{block}"
-        if not _build(source, target, precision, block):
+        name += ", 8-bit cache" * codes
+        target = place / f"{precision}-{block}-{codes}"
+        cache = _scales(place / "scales.json", sizes) if codes else ()
+        if not _build(source, target, precision, (f"block_size={block}", *cache)):
             yield name
             continue
-        yield _bound(name, target / "model.onnx", sizes)
+        yield _bound(name, target / "model.onnx", sizes, torch.int8 if codes else torch.float32)
         if precision == "int4":
             yield run(f"{name}, in its runner", target)
 
@@ -78,14 +83,22 @@ def run(name: str, folder: Path) -> Candidate:
     return Candidate(name, None, decode, prefill)
 
 
-def _build(source: Path, target: Path, precision: str, block: int) -> bool:
+def _scales(path: Path, sizes: Sizes) -> tuple[str, str]:
+    """Options for a cache of codes; time does not hang on what the scales are."""
+    layer = [0.03] * (sizes.heads * sizes.width)
+    scales = {name: [layer] * sizes.layers for name in ("k_scales", "v_scales")}
+    path.write_text(json.dumps({"scales": scales}))
+    return "kv_cache_quant_scheme=int8_per_channel", f"kv_cache_scale_file={path}"
+
+
+def _build(source: Path, target: Path, precision: str, given: tuple[str, ...]) -> bool:
     words = f"-i {source} -o {target} -p {precision} -e cpu -c {target}"
-    options = ["--extra_options", "accuracy_level=4", f"block_size={block}"]
+    options = ["--extra_options", "accuracy_level=4", *given]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *words.split(), *options]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
-def _bound(name: str, path: Path, sizes: Sizes) -> Candidate:
+def _bound(name: str, path: Path, sizes: Sizes, dtype: torch.dtype) -> Candidate:
     session = Session(path)
     files = [file for file in path.parent.iterdir() if file.name.startswith(path.name)]
     read = sum(file.stat().st_size for file in files) - sizes.embedding_bytes
@@ -93,7 +106,7 @@ def _bound(name: str, path: Path, sizes: Sizes) -> Candidate:
     def bound(past: int, new: int) -> Call:
         call = session.bind()
         for key in [key for key in session.inputs if key.startswith("past_key_values")]:
-            buffer = torch.zeros(1, sizes.heads, sizes.capacity, sizes.width)
+            buffer = torch.zeros(1, sizes.heads, sizes.capacity, sizes.width, dtype=dtype)
             call.input(key, buffer)
             call.output(key.replace("past_key_values", "present"), buffer)
         call.input("input_ids", prompt(new))
