@@ -11,6 +11,7 @@ node is counted that can be reached from the first output, but the leaves. A nod
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
 
 from lamella.ir.ops import aten, lam
 from lamella.ir.torch_private import tree_leaves
+from tests.instead import Instead
 from tests.zoo.families import Inputs
 
 _RULES: dict[str, tuple[Any, ...]] = {
@@ -124,6 +128,22 @@ def count_nodes(model: nn.Module, inputs: Inputs, has_rule: Callable[[Any], bool
         Counter(node.name() for node in nodes if not _is_covered(node.name(), has_rule)),
         Counter(node.name() for node in nodes if node not in passed),
     )
+
+
+@contextlib.contextmanager
+def states_not_zero() -> Iterator[None]:
+    """Scans of transformers start from a state of ones, as if there had been tokens before.
+
+    Each of the two files makes zeros in one place only, which is that state.
+    """
+    ones = {"zeros": torch.ones, "zeros_like": torch.ones_like}
+    for module in (modeling_mamba, modeling_mamba2):
+        module.torch = Instead(torch, **ones)
+    try:
+        yield
+    finally:
+        for module in (modeling_mamba, modeling_mamba2):
+            module.torch = torch
 
 
 _LEAF = "torch::autograd::AccumulateGrad"

@@ -24,7 +24,8 @@ Inputs = Mapping[str, Tensor]
 
 
 @functools.cache
-def _shapes(family: str) -> Shapes:
+def shapes_of(family: str) -> Shapes:
+    """What the emissions for one family know of shapes."""
     return {}
 
 
@@ -50,7 +51,7 @@ def _relevance_graph(family: str, preset: str) -> RelevanceGraph:
     exits = dict.fromkeys(block.exit.name for block in graph.blocks)
     taps = tuple(Tap(name, (name,), of_pair) for name in exits)
     request = Request(taps=taps, ledger=True)
-    return emit(graph, PRESETS[preset], request, shapes=_shapes(family))
+    return emit(graph, PRESETS[preset], request, shapes=shapes_of(family))
 
 
 def of_pair(pair: tuple[Any, Any]) -> Any:
