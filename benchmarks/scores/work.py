@@ -19,39 +19,26 @@ BESIDE = 2
 """Forward runs before and after a score that is timed."""
 
 
-def counted(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float, float]:
-    """What `run` gives, and its products over those of `forward`; no time is taken."""
-    whole = _products(forward)[1]
-    found, flops = _products(run)
-    return found, flops / whole, 0.0
-
-
-def timed(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float, float]:
-    """What `run` gives, and its time over that of `forward`; nothing is counted.
+def cost_of(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float, float]:
+    """What `run` gives, and its products and its time over those of `forward`.
 
     Times are of one core, whoever else uses the machine, and those of `forward` are taken
-    just before and after: the same load makes both slower.
+    just before and after: the same load makes both slower. Counting takes a little of both.
     """
-    forward()
-    beside = [_seconds(forward) for _ in range(BESIDE)]
-    started = time.process_time()
-    found = run()
-    taken = time.process_time() - started
-    beside += [_seconds(forward) for _ in range(BESIDE)]
-    return found, 0.0, taken / statistics.median(beside)
+    with _Counter() as counter:
+        forward()
+        whole, beside = counter.flops, [_seconds(forward) for _ in range(BESIDE)]
+        before, started = counter.flops, time.process_time()
+        found = run()
+        flops, taken = counter.flops - before, time.process_time() - started
+        beside += [_seconds(forward) for _ in range(BESIDE)]
+    return found, flops / whole, taken / statistics.median(beside)
 
 
 def _seconds(run: Callable[[], object]) -> float:
     started = time.process_time()
     run()
     return time.process_time() - started
-
-
-def _products(run: Callable[[], T]) -> tuple[T, float]:
-    counter = _Counter()
-    with counter:
-        found = run()
-    return found, counter.flops
 
 
 class _Counter(TorchDispatchMode):
