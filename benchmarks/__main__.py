@@ -24,6 +24,7 @@ SCRIPTS = {
     "drop": ("benchmarks.drop",),
     "bits": ("benchmarks.bits",),
     "relevance": ("benchmarks.relevance", "--record"),
+    "coverage": ("benchmarks.coverage", "--record"),
     "faithfulness": ("benchmarks.faithfulness", "--record"),
     "quantizers-layers": ("benchmarks.quantizers", "--part", "layers", "--record"),
     "quantizers-loss": ("benchmarks.quantizers", "--part", "loss", "--record"),
