@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from lamella.data import Samples
 from lamella.errors import PassError
+from lamella.ir.cache import Slot
 from lamella.ir.graph import Graph
 from lamella.ir.ops import lam
 from lamella.ir.quantize import Format, dequantized, weight_bytes
@@ -26,8 +27,10 @@ from lamella.passes.transforms.blend_weights import BlendWeights
 from lamella.passes.transforms.drop_blocks import DropBlocks
 from lamella.passes.transforms.drop_sublayers import DropSublayers
 from lamella.passes.transforms.fold_norms import FoldNorms
+from lamella.passes.transforms.quantize_cache import QuantizeCache
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 from lamella.passes.transforms.restore_blocks import RestoreBlocks
+from lamella.rewrite.incremental import incremental
 from tests.conftest import family_of
 
 Inputs = Mapping[str, Tensor]
@@ -250,3 +253,61 @@ def test_passes_one_after_the_other(
         assert all(torch.isfinite(leaf).all() for leaf in outputs)
     with pytest.raises(PassError, match=r"has to come first|another architecture"):
         BlendWeights(captured(family)).run(graph, Analyses(graph))
+
+
+class _Rounding(fx.Interpreter):
+    """Runs a graph; rounds what some attentions read as keys and values, or finds scales."""
+
+    def __init__(self, graph: Graph, attentions: set[str], scales: dict[str, list[Tensor]]) -> None:
+        super().__init__(graph.module, garbage_collect_values=False)
+        self._attentions, self.scales = attentions, scales
+        self._known = bool(scales)
+
+    def run_node(self, n: Node) -> Any:
+        if n.name not in self._attentions:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        query, *rows = args[:3]
+        if not self._known:
+            self.scales[n.name] = [one.abs().amax((0, 2), keepdim=True) / 127 for one in rows]
+        else:
+            steps = zip(rows, self.scales[n.name], strict=True)
+            rows = [(one / step).round().clamp(-128, 127) * step for one, step in steps]
+        return self.call_function(n.target, (query, *rows, *args[3:]), kwargs)  # pyright: ignore[reportArgumentType]
+
+
+_KEEPING = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "opt")
+_KEEPING += ("t5", "bart", "whisper", "pix2struct")
+"""Decoders whose self-attention is one operator; that of Gemma 2 is written out."""
+
+
+def test_quantize_cache(
+    family: str,
+    captured: Callable[[str], Graph],
+    sample_inputs: Callable[..., dict[str, Tensor]],
+) -> None:
+    """Keys and values of decoders are rounded where attention reads them; nothing else is."""
+    graph, before, inputs = captured(family), captured(family), sample_inputs(family)
+    if family not in _KEEPING:
+        with pytest.raises(PassError, match=r"nothing to quantize"):
+            QuantizeCache().run(graph, Analyses(graph, [inputs]))
+        return
+    _run(graph, QuantizeCache(), [inputs])
+    rounded = {
+        node.name
+        for node in graph.find(torch.ops.aten.scaled_dot_product_attention.default)
+        if graph.operand(node, "key").target is lam.round_uniform.default
+    }
+    values = before.signature.flatten((), inputs)
+    with torch.no_grad():
+        first = _Rounding(before, rounded, {})
+        first.run(*values)
+        want = _Rounding(before, rounded, first.scales).run(*values)
+    _assert_same(graph(**inputs), before.signature.unflatten(want))
+    assert {slot.dtype for slot in _slots(graph)} == {"int8"}
+
+
+def _slots(graph: Graph) -> list[Slot]:
+    layout = incremental(graph).step.cache
+    assert layout is not None
+    return [slot for slot in layout.slots if slot.grows]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lamella.errors import PassError
+from lamella.errors import IncrementalError, PassError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
 from lamella.ir.reducers import Reducer, State
@@ -17,6 +17,7 @@ from lamella.ir.runner import Request
 from lamella.ir.symbols import shape_of
 from lamella.passes.analyses.caches import Kept, kept_of
 from lamella.passes.base import Analyses, Effect, Transform
+from lamella.rewrite.incremental.roles import tokens_of
 
 BITS = 8
 LARGEST = 127
@@ -64,7 +65,8 @@ class QuantizeCache(Transform):
     ``lamella bench`` or the loss on texts of your own.
 
     Raises:
-        PassError: No attention keeps anything for later tokens, or heads are repeated before it.
+        PassError: The model does not generate, no attention of it is one operator, or its caches
+            hold codes already; samples that overflow.
 
     References:
         [LiuZ2024], for scales of channels.
@@ -103,6 +105,10 @@ class QuantizeCache(Transform):
 
 def _sites(graph: Graph, analyses: Analyses) -> list[Kept]:
     """The attentions whose keys and values are rounded."""
+    try:
+        tokens_of(graph)
+    except IncrementalError as error:
+        raise PassError(f"nothing to quantize, the model keeps no cache: {error}") from error
     every = list(kept_of(graph))
     fused = aten.scaled_dot_product_attention.default
     found = [kept for kept in every if kept.node.target is fused]
