@@ -1,9 +1,9 @@
 """``python -m benchmarks.quantization``: the loss of bit plans at equal bytes, on unseen data.
 
 ``--case vit minilm lm`` picks models, ``--allocators`` what is measured again, ``--peer PYTHON``
-is an interpreter with ``openvino`` and ``nncf``. Every plan is rounded to nearest with searched
-scales and runs with the numerics of the kernels; NNCF rounds its own way, with activations in
-float32.
+is an interpreter with ``openvino`` and ``nncf``; ``--onnxruntime`` and ``--torchao`` likewise.
+Every plan is rounded to nearest with searched scales and runs with the numerics of the kernels;
+peers round their own way, with activations in float32.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import Tensor
 from benchmarks.quantization.allocators import ALLOCATORS, OVERHEAD, Spending, cost
 from benchmarks.quantization.judge import Judge
 from benchmarks.quantization.nncf_peer import Nncf
+from benchmarks.quantization.weight_peers import METHODS, WeightPeer
 from benchmarks.record import Result
 from benchmarks.scores.cases import CASES, Case
 from lamella.passes.base import Analyses
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
-OURS = "fisher"
+OURS, NNCF = "fisher", "NNCF"
 KEPT = Path(".cache/quantization")
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter with openvino and nncf")
+    for tool in METHODS:
+        parser.add_argument(f"--{tool}", metavar="PYTHON", help=f"interpreter with {tool}")
     parser.add_argument("--allocators", nargs="*", default=list(ALLOCATORS))
     parser.add_argument("--budgets", nargs="*", type=float, default=list(BUDGETS))
     options = parser.parse_args()
@@ -49,8 +52,16 @@ def main() -> None:
             save(found, kept)
         if options.peer:
             with tempfile.TemporaryDirectory() as folder:
-                found["NNCF"] = beside(judge, options.peer, Path(folder), options.budgets)
+                found[NNCF] = beside(judge, options.peer, Path(folder), options.budgets)
             save(found, kept)
+        for tool in METHODS:
+            python = getattr(options, tool)
+            if python:
+                with tempfile.TemporaryDirectory() as folder:
+                    found[tool] = rounded_by(
+                        WeightPeer(tool, python, judge, Path(folder)), options.budgets
+                    )
+                save(found, kept)
         publish(judge, found, options.budgets)
 
 
@@ -96,12 +107,27 @@ def beside(
     return found
 
 
+def rounded_by(peer: WeightPeer, budgets: Sequence[float]) -> list[Tensor | None]:
+    """The best setting of a tool at every budget, or None where none is small enough."""
+    peer.run()
+    found = [peer.best(Spending(analyses_of(peer.judge.case), bits)) for bits in budgets]
+    for bits, best in zip(budgets, found, strict=True):
+        told = (
+            "none"
+            if best is None
+            else f"{best[0]}: {best[1]} bytes, {peer.judge.mean(best[2]):.5f}"
+        )
+        logger.info("%s %s %.1f: %s", peer.judge.case.name, peer.tool, bits, told)
+    return [None if best is None else best[2] for best in found]
+
+
 def publish(judge: Judge, found: dict[str, list[Tensor | None]], budgets: Sequence[float]) -> None:
     """A row for each allocator; behind a loss, its ratio to ours with an interval."""
     ours = found.get(OURS, [None] * len(budgets))
     rows = [
         (name, *(_cell(judge, one, two) for one, two in zip(losses, ours, strict=True)))
-        for name, losses in found.items()
+        for name in (*ALLOCATORS, NNCF, *METHODS)
+        if (losses := found.get(name)) is not None
     ]
     Result(
         name=f"quantization_{judge.case.name}",
@@ -116,7 +142,10 @@ def publish(judge: Judge, found: dict[str, list[Tensor | None]], budgets: Sequen
             "another block spends the same bytes in all. Every weight takes part, embedding and "
             "head too.",
             "Uniform is the widest format of a kernel that fits. NNCF: the best of two modes and "
-            "two criteria, chosen on the figures shown, at the most bytes that fit.",
+            "two criteria, chosen on the figures shown, at the most bytes that fit. onnxruntime "
+            "(MatMulNBits quantizer: rtn, hqq, k_quant, gptq) and torchao (groupwise rtn) give "
+            "one width and block to all weights: the best setting that fits, chosen on the figures "
+            "shown. Peers keep activations in float32.",
         ),
     ).publish()
 
