@@ -334,26 +334,6 @@ def test_passes_take_the_scores(
     graph(**inputs)
 
 
-@pytest.mark.parametrize("family", ["resnet", "mamba"])
-def test_every_part_of_other_families_has_a_score(
-    family: str, captured: Captured, sample_inputs: SampleInputs
-):
-    """Families of other kinds are in the zoo."""
-    graph = captured(family)
-    analyses = Analyses(graph, Samples.of([sample_inputs(family, 2)]))
-    parts = analyses.get(RelevanceScore("sublayer", sequences=1)).values
-    droppable = [part.name for part in graph.stream.sublayers if part.droppable]
-    assert list(parts) == droppable
-    # A part whose every entry is replaced by its mean has no effect; none is one.
-    assert all(value > 0 for value in parts.values())
-    f = Format(4)
-    losses = analyses.get(RelevanceBits((f,), sequences=1, draws=1)).losses
-    shares = analyses.get(LrpQvit((f,), sequences=1)).losses
-    assert list(losses) == list(shares) == [site.weight for site in find_sites(graph)]
-    assert all(one[f] >= 0 for one in (*losses.values(), *shares.values()))
-    assert sum(one[f] > 0 for one in losses.values()) >= 0.8 * len(losses)
-
-
 def test_options_are_checked(captured: Captured):
     with pytest.raises(ValueError, match="unknown preset 'pc'"):
         RelevanceScore(preset="pc")

@@ -25,7 +25,7 @@ from lamella.ir.graph import Graph
 from lamella.ir.ops import bind
 from lamella.passes.relevance.emit import RelevanceGraph, emit
 from lamella.passes.relevance.request import Request, Tap
-from lamella.rules.relevance.presets import PRESETS
+from lamella.rules.relevance.presets import Preset, preset_of
 from lamella.rules.relevance.roles import roles_of, sources_of
 from tests.conftest import _canonical, family_of
 from tests.zoo.relevance_runs import double_inputs, in_double, seed_of, shapes_of
@@ -59,15 +59,15 @@ class Coverage:
         return set(self.nodes) - set(self.passed) - set(self.held)
 
 
-def coverage(family: str, preset: str) -> Coverage:
+def coverage(family: str, preset: str | Preset) -> Coverage:
     """Run the sweep of a family and look at every coefficient."""
+    preset = preset_of(preset)
     graph = _canonical(family)
     way = signal_nodes(graph)
     sources = sources_of(graph)
     taps = [Tap(n.name, (n.name,), _coefficient) for n in way if isinstance(n.meta["val"], Tensor)]
-    made = emit(graph, PRESETS[preset], Request(taps=tuple(taps)), shapes=shapes_of(family))
+    made = emit(graph, preset, Request(taps=tuple(taps)), shapes=shapes_of(family))
     found = in_double(made.graph)(**double_inputs(family_of(family).inputs()), seed=seed_of(family))
-    table = PRESETS[preset].table
     nodes = [node for node in way if node.target is not operator.getitem]
     reached = {node for node in way if _name(node, made) in made.reached}
     given = {node: _results(node, way, found) for node in nodes if node in reached}
@@ -77,7 +77,7 @@ def coverage(family: str, preset: str) -> Coverage:
     held = [node for node in nodes if node not in given]
     return Coverage(
         tuple(node.name for node in nodes),
-        tuple(n.name for n in nodes if n not in sources.values() and n.target not in table),
+        tuple(n.name for n in nodes if n not in sources.values() and n.target not in preset.table),
         tuple(node.name for node, values in given.items() if _counts(values)),
         tuple(node.name for node in held),
         frozenset(stop for node in held for stop in _stops(node, way, reached)),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lamella.ir.ops import aten, lam
-from lamella.rules.relevance.presets import PRESETS
+from lamella.rules.relevance.presets import PRESETS, Preset
+from lamella.rules.relevance.rule import nothing
 from tests.conftest import family_of
 from tests.zoo.autograd_nodes import count_nodes, states_not_zero
 from tests.zoo.relevance_coverage import Stop, coverage
@@ -53,6 +54,22 @@ def test_relevance_passes_every_node(family: str, preset: str):
 @pytest.mark.parametrize("kind", ["llama", "resnet", "mamba"])
 def test_relevance_passes_every_node_under_other_presets(kind: str, preset: str):
     assert_covered(kind, preset)
+
+
+def test_a_rule_that_gives_nothing_is_noticed():
+    """The count does not rest on what the rules say of themselves."""
+    silent = PRESETS["gradient"].table.override({aten.silu.default: nothing})
+    found = coverage("llama", Preset("silent", silent))
+    assert found.stops == {(aten.silu.default, "self")}
+    # The projections that the three gates read.
+    assert len(found.held) == 3
+
+
+def test_a_coefficient_of_zero_is_noticed():
+    dead = PRESETS["gradient"].table.override({aten.silu.default: lambda m, y, x: (m * 0.0,)})
+    found = coverage("llama", Preset("dead", dead))
+    assert len(found.lost) == 3
+    assert not found.held
 
 
 STARTS_AT_ZERO = {"mamba": 3, "mamba2": 12}

@@ -1,4 +1,4 @@
-"""Relevance as a score: norms behind the sum, two streams, and experts."""
+"""Relevance as a score: norms behind the sum, two streams, experts, convolutions and scans."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Captured = Callable[[str], Graph]
 SampleInputs = Callable[..., dict[str, Tensor]]
 
 
-@pytest.mark.parametrize("kind", ["bert", "t5", "mixtral"])
+@pytest.mark.parametrize("kind", ["bert", "t5", "mixtral", "resnet", "mamba"])
 def test_every_part_has_a_score(kind: str, captured: Captured, sample_inputs: SampleInputs):
     graph = captured(kind)
     analyses = Analyses(graph, Samples.of([sample_inputs(kind, 2)]))
