@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 import lamella
 from lamella.data import Samples
@@ -20,6 +21,7 @@ from lamella.errors import PassError, SamplesError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
 from lamella.ir.quantize import Format, quantize
+from lamella.ir.segments import program
 from lamella.ir.stored_plan import stored_plan
 from lamella.passes.base import Analyses
 from lamella.passes.rounding.gptq import Gptq
@@ -186,6 +188,73 @@ def test_embeddings_and_experts_are_rounded_to_nearest_with_the_reason(captured,
     assert "because an embedding reads them too: transformer.wte.weight" in notes
 
 
+def routed(graph: Graph, data: Samples, layer: Node) -> list[Tensor]:
+    """The rows that each expert of a layer multiplies, collected one by one."""
+    stops_of, input_of = graph.operand(layer, "offsets"), graph.operand(layer, "input")
+    count, _, width = graph.operand(layer, "weight").meta["val"].shape
+    rows: list[list[Tensor]] = [[] for _ in range(count)]
+
+    def watch(node: Node, values: dict[Node, Any]) -> None:
+        if node is layer:
+            stops = values[stops_of].tolist()
+            for place, row in enumerate(values[input_of]):
+                expert = next((e for e, stop in enumerate(stops) if place < stop), None)
+                if expert is not None:
+                    rows[expert].append(row)
+
+    running = program(graph, [layer])
+    for _ in running.sweep([running.start(sample) for sample in data], watch):
+        pass
+    return [torch.stack(some) if some else torch.empty(0, int(width)) for some in rows]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_rounded_for_the_tokens_that_are_routed_to_them(
+    family, captured, sample_inputs
+):
+    data = Samples.of([sample_inputs(family, seed=seed) for seed in range(2)])
+    before, graph = captured(family), captured(family)
+    options = {"bits": 3, "min_size": 1 << 30, "method": "gptq", "experts": True}
+    notes = " ".join(run(graph, data, **options))
+    layers = graph.find(lam.grouped_linear.default)
+    assert len(layers) > 2
+    told, size = 0, 0
+    for layer in layers:
+        count, out, width = graph.operand(layer, "weight").meta["val"].shape
+        # Codes of 3 bits are held in 4, 32 of them beside a float16.
+        size += count * out * -(-width // 32) * (16 + 2)
+        name = str(graph.operand(layer, "weight").target)
+        # The rounded graph itself gives the inputs that the layers behind rounded ones see.
+        for expert, rows in enumerate(routed(graph, data, layer)):
+            weight = before.weight(name)[expert]
+            inputs = InputGram(rows.t() @ rows / max(len(rows), 1), len(rows))
+            want = quantize(weight, Format(3)).dequantized()
+            if len(rows):
+                want = Gptq().round(weight, Format(3), inputs).value()
+            # The same rows in sums of another order: codes at a tie may differ.
+            same = torch.isclose(graph.weight(name)[expert], want, rtol=1e-3, atol=1e-6)
+            assert same.float().mean() > 0.97
+            if len(rows) < width:
+                told += 1
+                # A list names the first twelve.
+                assert told > 12 or f"{name}[{expert}] ({len(rows)} of {width})" in notes
+    assert told
+    assert f"are routed to {told} experts" in notes
+    assert f"would have {size} bytes" in notes
+    with pytest.raises(PassError, match="too few tokens are routed to"):
+        run(captured(family), data, strict=True, **options)
+
+
+def test_experts_to_nearest_need_no_samples(captured):
+    before, graph = captured("qwen3_moe"), captured("qwen3_moe")
+    run(graph, None, bits=4, experts=True)
+    for layer in graph.find(lam.grouped_linear.default):
+        name = str(graph.operand(layer, "weight").target)
+        want = quantize(before.weight(name), Format(4)).dequantized()
+        assert torch.equal(graph.weight(name), want)
+    assert "finds no experts" in " ".join(run(mlp(), None, bits=4, experts=True))
+
+
 @pytest.mark.parametrize("tokens", ["attention", "gradient"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_tokens_may_count_differently(tokens, family, captured, sample_inputs):
@@ -294,13 +363,17 @@ def test_a_broken_weight_is_named(method):
         ({"method": "gptq", "damping": -1.0}, r"damping must be in \[0, 1\]"),
         ({"method": "gptq", "tokens": "all"}, "tokens must be one of uniform"),
         ({"method": "quantease", "sweeps": 0}, "sweeps must be in"),
+        ({"method": "gptq", "refits": -1}, r"refits must be in \[0, 100\]"),
+        ({"refits": 1}, "method=rtn takes no option refits; it is one of gptq, quantease"),
+        ({"method": "flexround", "experts": True}, "method=flexround takes no option experts"),
+        ({"bits": None, "experts": True}, "experts=true needs bits="),
         ({"method": "pb-llm"}, "pb-llm stores salient weights in 8 bits"),
         ({"resume": Path("x")}, "method=rtn takes no option resume"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        QuantizeWeights(bits=4, **options)
+        QuantizeWeights(**{"bits": 4, **options})
 
 
 # ---- files ---------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ TAKEN_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sequential": _GRAM,
         "resume": _CHAINED,
         "by_inputs": ("rtn",),
+        "experts": ("rtn", "gptq", "quantease"),
     }
 )
 """Option -> the methods that take it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lamella.passes.base import Analyses
 from lamella.passes.rounding.chain import ChainNotes
+from lamella.passes.rounding.experts import ExpertNotes
 
 _LISTED = 12
 
@@ -53,6 +54,33 @@ def tell(notes: ChainNotes, analyses: Analyses, asked: float | None) -> None:
         analyses.note(
             f"learning brought the relative squared error of {len(notes.losses)} blocks from "
             f"{first:.3g} to {last:.3g} on average"
+        )
+
+
+def tell_experts(notes: ExpertNotes, analyses: Analyses) -> None:
+    """Put what happened to experts into the report.
+
+    Raises:
+        PassError: The compilation is strict, and something is not as asked for.
+    """
+    if not notes.weights:
+        analyses.remark("experts=true finds no experts whose weights nothing else reads")
+        return
+    bits = 8 * notes.stored_bytes / notes.entries
+    analyses.note(
+        f"experts are rounded and stay dense, because no kernel reads their codes; a file of them "
+        f"would have {notes.stored_bytes} bytes, {bits:.3g} bits per weight: "
+        f"{_listed(notes.weights)}"
+    )
+    if notes.nearest:
+        analyses.remark(
+            f"rounded to nearest, because their Gram matrix has no factor: {_listed(notes.nearest)}"
+        )
+    if notes.few:
+        told = [f"{name} ({tokens} of {width})" for name, (tokens, width) in notes.few.items()]
+        analyses.remark(
+            f"too few tokens are routed to {len(told)} experts for their Gram matrix (one for each "
+            f"input are needed at least; those without any are rounded to nearest): {_listed(told)}"
         )
 
 

@@ -31,8 +31,9 @@ from lamella.passes.base import Analyses, Effect, Transform
 from lamella.passes.options import options_of, plain
 from lamella.passes.rounding.base import Rounded
 from lamella.passes.rounding.chain import Chain, ChainOptions
+from lamella.passes.rounding.experts import ExpertNotes, experts_to_nearest, round_experts
 from lamella.passes.rounding.methods import Method, check_method, rounding_of
-from lamella.passes.rounding.report import tell
+from lamella.passes.rounding.report import tell, tell_experts
 from lamella.passes.rounding.resume import BlockFiles, run_key
 from lamella.passes.rounding.tokens import TokenWeights, gradient_norms
 from lamella.passes.scores.target import loss_target
@@ -100,6 +101,10 @@ class QuantizeWeights(Transform):
             output of the layer, which needs the activations of one sample in all blocks.
         sequential: Layers are rounded for the inputs that the rounded layers before them give;
             otherwise for those of the model as it is.
+        experts: Round the matrices of mixtures of experts too, each for the tokens that are routed
+            to it; only with `bits`, for rtn, gptq and quantease. No kernel reads their codes:
+            they stay dense, and the report says what codes would take. They are rounded after
+            all others, and `resume` does not keep them.
         resume: A folder where finished blocks are kept: the same call goes on after the last of
             them when it was interrupted, and gives the same bits. For all methods but rtn.
 
@@ -134,6 +139,7 @@ class QuantizeWeights(Transform):
     steps: int = 200
     tokens: str = "uniform"
     sequential: bool = True
+    experts: bool = False
     resume: Path | None = None
 
     def __post_init__(self) -> None:
@@ -160,6 +166,8 @@ class QuantizeWeights(Transform):
         self._format(self.bits or 4)
         defaults = {field.name: field.default for field in fields(self)}
         check_method(self.method, vars(self), defaults)
+        if self.experts and self.bits is None:
+            raise ValueError("experts=true needs bits=, a plan has no widths for experts")
         if self.method == "pb-llm" and self.bits not in (None, 8):
             raise ValueError(
                 f"method=pb-llm stores salient weights in 8 bits, got bits={self.bits}; use bits=8 "
@@ -187,6 +195,8 @@ class QuantizeWeights(Transform):
                     rounded = Rounded(stored)
                 rewire_rounded(graph, site, rounded, int8_activations=self.int8_activations)
         graph.plan = {k: v for k, v in graph.plan.items() if k not in plan}
+        if self.experts and self.bits:
+            self._round_experts(graph, analyses, self._format(self.bits))
         wider = wider_kernels(plan[site.weight] for site in todo)
         if wider:
             analyses.remark(wider)
@@ -217,6 +227,16 @@ class QuantizeWeights(Transform):
         coded = {s: formats[s] for s, one in rounded.items() if one.codes is not None}
         _write_down(graph, {s: f for s, f in coded.items() if s.weight not in nearest}, self.method)
         return rounded
+
+    def _round_experts(self, graph: Graph, analyses: Analyses, format: Format) -> None:
+        rounding, notes = rounding_of(self.method, vars(self)), ExpertNotes()
+        if rounding is None:
+            rounded = experts_to_nearest(graph, format, notes)
+        else:
+            rounded = round_experts(graph, _samples(self.method, analyses), rounding, format, notes)
+        for node, value in rounded:
+            graph.set_weight(node, value)
+        tell_experts(notes, analyses)
 
     def _token_weights(
         self, graph: Graph, samples: Samples, formats: Mapping[Site, Format]
