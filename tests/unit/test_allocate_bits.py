@@ -15,7 +15,9 @@ from lamella.data import Samples
 from lamella.errors import BudgetError
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format, weight_bytes
+from lamella.passes.allocation import anchoring
 from lamella.passes.allocation.budget import Budget, Model
+from lamella.passes.allocation.choices import formats_of
 from lamella.passes.allocation.knapsack import Option, cheapest, solve
 from lamella.passes.base import Analyses
 from lamella.passes.scores import bit_score
@@ -281,3 +283,57 @@ def test_a_copy_and_a_restored_graph_keep_the_plan(captured: Callable[[str], Gra
     other.restore(graph)
     assert other.plan == graph.plan
     torch.testing.assert_close(other.weight_bytes(), graph.weight_bytes(), rtol=0, atol=0)
+
+
+def test_a_width_without_a_block_stands_for_every_block() -> None:
+    assert formats_of((4, "8/64", 32), None, True, "float16") == (
+        *(Format(4, block) for block in (128, 64, 32)),
+        Format(8, 64),
+        Format(32),
+    )
+    assert formats_of((4, "8/64"), 32, True, "float16") == (Format(4, 32), Format(8, 64))
+
+
+@pytest.mark.parametrize("budget", [4.3, 6.1])
+def test_blocks_to_choose_from_never_lose_more_than_one(
+    captured: Callable[[str], Graph], budget: float
+) -> None:
+    found: list[float] = []
+    for block in (None, 32):
+        graph = captured("vit")
+        _run(graph, AllocateBits(budget=budget, block=block, **_TINY))
+        assert graph.plan_made is not None
+        found.append(graph.plan_made.origin.predicted or 0.0)
+    # The formats of the second are among those of the first, and sums are rounded alike.
+    assert found[0] <= found[1] * (1 + 1e-12)
+
+
+class _Constant:
+    """In the place of measured losses: always the same, and what was asked is kept."""
+
+    unit, asked = "relative", list[Any]()
+
+    def __init__(self, *_: Any) -> None:
+        """Nothing runs."""
+
+    def loss(self, plan: Any) -> float:
+        return 1e6
+
+    def losses_around(self, plan: Any, changes: Any) -> list[float]:
+        self.asked.extend(changes)
+        return [1e6] * len(changes)
+
+
+def test_one_block_of_a_width_is_measured_around_a_plan(
+    captured: Callable[[str], Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anchoring, "Trials", _Constant)
+    graph = captured("vit")
+    samples = Samples.of([{"pixel_values": torch.zeros(1, 3, 8, 8)}])
+    analyses = _run(graph, AllocateBits(budget=5, **_TINY), samples)
+    asked = [(frozenset(change), {f.bits for f in change.values()}) for change in _Constant.asked]
+    groups = tie_groups(find_sites(graph))
+    # The width that a group has is known; one trial for each of the other two.
+    assert len(asked) == 2 * len(groups)
+    assert len({(names, *bits) for names, bits in asked}) == len(asked)
+    assert "of a width one block is measured again" in "\n".join(analyses.take_remarks())
