@@ -13,7 +13,7 @@ import logging
 
 from benchmarks.record import Result
 from benchmarks.scores import bits, drops, integers, plans
-from benchmarks.scores.cases import CASES, Case
+from benchmarks.scores.cases import CASES
 
 PARTS = ("bits", "integers", "plans", "drops")
 
@@ -30,7 +30,7 @@ def main() -> None:
     cases = [CASES[name]() for name in options.models]
     results: list[Result] = []
     if "bits" in options.parts:
-        results += _bits(cases, options.only)
+        results.append(bits.table(cases, [bits.scored(case, options.only) for case in cases]))
     if "integers" in options.parts:
         results.append(integers.table(cases))
     if "drops" in options.parts:
@@ -41,20 +41,6 @@ def main() -> None:
         results.append(plans.table(cases))
     for result in results:
         result.publish() if options.record else result.show()
-
-
-def _bits(cases: list[Case], only: list[str]) -> list[Result]:
-    of_all, of_equal = zip(*(bits.scored(case, only) for case in cases), strict=True)
-    title = (
-        "Scores of weights against the measured loss of each single rounding: Spearman over all "
-        "(weight, bits) and within a width, and regret"
-    )
-    return [
-        bits.table("scores_bits", title, cases, of_all),
-        bits.table(
-            "scores_bits_equal", f"{title}, at {bits.EQUAL:g} forward runs", cases, of_equal
-        ),
-    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scores of weights: everything that is registered, some settings of it, and all at equal work."""
+"""Scores of weights: everything that is registered, and some settings of it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,6 @@ ONCE = ("kl", "hawq", "hawq-eigenvalue")
 
 SMALLER: Mapping[str, Mapping[str, int]] = {"hawq-eigenvalue": {"sequences": 2, "rounds": 6}}
 """Settings of scores that would take an hour."""
-
-EQUAL = 3.0
-"""Forward runs of all samples that the scores of the second table may take."""
 
 KEPT = "products, times"
 """What files hold beside the losses; those with something else are not read."""
@@ -190,22 +187,6 @@ def rows_of(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...]]:
     return rows
 
 
-def equal_rows(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...]]:
-    """Label -> figures of the scores that need more work, cut down to `EQUAL` forwards."""
-    rows: dict[str, tuple[object, ...]] = {}
-    for label, build in builders(judge.case).items():
-        if (only and label not in only) or not build(0).needs_samples:
-            continue
-        seeds = range(_seeds(judge.case, build(0)))
-        cut = _cut(judge.case, build(0))
-        if cut is not None:
-            several = [_with(build(seed), cut) for seed in seeds]
-            row = _row(judge, label, several)
-            if row is not None:
-                rows[" ".join([label, *(f"{k}={v}" for k, v in cut.items())])] = row
-    return rows
-
-
 def _seeds(case: Case, score: BitScore) -> int:
     """How often a score is run, each time with another seed and another set of samples."""
     if score.name == "random":
@@ -213,21 +194,6 @@ def _seeds(case: Case, score: BitScore) -> int:
     if not score.needs_samples or (score.name in ONCE and case.name != "vit"):
         return 1
     return len(case.seen)
-
-
-def _cut(case: Case, score: BitScore) -> dict[str, int] | None:
-    """The draws and sequences with which a score takes `EQUAL` forwards; None: it can't."""
-    options: dict[str, int] = {}
-    if hasattr(score, "draws"):
-        options["draws"] = 1
-    cost = found_of(case, _with(score, options), 0).forwards
-    # A share of a forward goes into what is made of the gradients.
-    if cost > 1.35 * EQUAL:
-        sequences = int(getattr(score, "sequences", 0) * EQUAL / cost)
-        if sequences < 1:
-            return None
-        options["sequences"] = sequences
-    return options
 
 
 def _row(judge: Judge, label: str, scores: Sequence[BitScore]) -> tuple[object, ...] | None:
@@ -242,9 +208,7 @@ def _row(judge: Judge, label: str, scores: Sequence[BitScore]) -> tuple[object, 
     return row
 
 
-def table(
-    name: str, title: str, cases: Sequence[Case], found: Sequence[Mapping[str, tuple[object, ...]]]
-) -> Result:
+def table(cases: Sequence[Case], found: Sequence[Mapping[str, tuple[object, ...]]]) -> Result:
     """One row for each score, with the figures of all models side by side."""
     labels = dict.fromkeys(label for one in found for label in one)
     missing = ("-",) * 5
@@ -258,8 +222,9 @@ def table(
         for case in cases
     )
     return Result(
-        name,
-        title,
+        "scores_bits",
+        "Scores of weights against the measured loss of each single rounding: Spearman over all "
+        "(weight, bits) and within a width, and regret",
         ("score", *(f"{case.name}: {part}" for case in cases for part in parts)),
         rows,
         (
@@ -282,7 +247,6 @@ def table(
     )
 
 
-def scored(case: Case, only: Sequence[str]) -> tuple[Mapping[str, tuple[object, ...]], ...]:
-    """The rows of both tables."""
-    judge = Judge.of(case)
-    return rows_of(judge, only), equal_rows(judge, only)
+def scored(case: Case, only: Sequence[str]) -> Mapping[str, tuple[object, ...]]:
+    """The rows of a case."""
+    return rows_of(Judge.of(case), only)

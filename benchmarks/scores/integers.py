@@ -14,7 +14,13 @@ from torch import Tensor
 from benchmarks.record import Result
 from benchmarks.scores.cases import Case
 from benchmarks.scores.judged import drawn, interval, spearman
-from benchmarks.scores.truth import Losses, Measured, Trial, measured_on_unseen, single_trials
+from benchmarks.scores.truth import (
+    Losses,
+    Measured,
+    measured_on_unseen,
+    single_trials,
+    sites_of_target,
+)
 from lamella.passes.base import Analyses
 from lamella.passes.scores.integer_products import (
     Emulator,
@@ -22,7 +28,7 @@ from lamella.passes.scores.integer_products import (
     Numerics,
     emulators,
 )
-from lamella.passes.sites import find_sites
+from lamella.passes.sites import Site
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +77,17 @@ def losses_of(
     measured: Measured, analyses: Analyses, samples: str
 ) -> dict[tuple[str, str], Losses]:
     """The losses of every layer in every way, all others left as they are."""
-    graph = measured.graph
-    sites = [site for site in find_sites(graph) if site.linears]
-    kernels = emulators(graph, sites, analyses, NUMERICS)
-    found: dict[tuple[str, str], Losses] = {}
-    for trial in single_trials(measured, sites):
+    sites = [site for site in sites_of_target(measured.graph) if site.linears]
+    kernels = emulators(measured.graph, sites, analyses, NUMERICS)
+    keys = {(s, one): f"{s.weight} {one} {_digest(s, kernels, samples)}"
+            for s in sites for one in NUMERICS}  # fmt: skip
+    new = [s for s in sites if not all(measured.knows(keys[s, one]) for one in NUMERICS)]
+    for trial in single_trials(measured, new):
         for place, numerics in enumerate(NUMERICS):
             calls = {layer: _call(kernels[layer][place]) for layer in trial.site.linears}
-            key = f"{trial.site.weight} {numerics} {_digest(trial, kernels, samples)}"
             measure = functools.partial(trial.changed, calls)
-            found[trial.site.weight, numerics] = measured.of(key, measure)
-    return found
+            measured.of(keys[trial.site, numerics], measure)
+    return {(s.weight, one): measured.known(key) for (s, one), key in keys.items()}
 
 
 def _call(emulate: Emulator) -> Any:
@@ -92,10 +98,10 @@ def _call(emulate: Emulator) -> Any:
     return linear
 
 
-def _digest(trial: Trial, kernels: Mapping[Any, tuple[Emulator, ...]], samples: str) -> str:
+def _digest(site: Site, kernels: Mapping[Any, tuple[Emulator, ...]], samples: str) -> str:
     """Of what the kernels of a layer make of an input, and of the samples of its range."""
-    width = trial.site.shape[1]
+    width = site.shape[1]
     input = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
-    made = [kernel(input) for layer in trial.site.linears for kernel in kernels[layer]]
+    made = [kernel(input) for layer in site.linears for kernel in kernels[layer]]
     digest = hashlib.sha256(torch.stack(made).numpy().tobytes() + samples.encode())
     return digest.hexdigest()[:16]

@@ -69,6 +69,14 @@ class Measured:
             self._known[key] = losses
         return self._known[key]
 
+    def knows(self, key: str) -> bool:
+        """Whether the losses of a change were measured."""
+        return key in self._known
+
+    def known(self, key: str) -> Losses:
+        """The losses of a change that was measured."""
+        return self._known[key]
+
     @cached_property
     def tokens(self) -> Tensor:
         """Rows of the output of each sequence, float64."""
@@ -120,15 +128,35 @@ def digest(value: Tensor) -> bytes:
 
 def bit_losses(measured: Measured, formats: Sequence[Format]) -> dict[str, dict[Format, Losses]]:
     """The losses of every weight in every format, all others left as they are."""
-    trials = single_trials(measured, find_sites(measured.graph))
-    return {trial.site.weight: {f: trial.of(f) for f in formats} for trial in trials}
+    sites = sites_of_target(measured.graph)
+    keys = {site: {f: f"{site.weight} {rounding_key(f)}" for f in formats} for site in sites}
+    new = [site for site in sites if not all(map(measured.knows, keys[site].values()))]
+    for trial in single_trials(measured, new):
+        for format, key in keys[trial.site].items():
+            measured.of(key, functools.partial(trial.rounded, format))
+    return {
+        site.weight: {f: measured.known(key) for f, key in by_format.items()}
+        for site, by_format in keys.items()
+    }
+
+
+def sites_of_target(graph: Graph) -> list[Site]:
+    """The weights that the compared output depends on."""
+    running = _running(graph)
+    inside = {node for segment in running.segments for node in segment.nodes}
+    return [site for site in find_sites(graph) if site.readers[0] in inside]
+
+
+def _running(graph: Graph) -> Program:
+    target = loss_target(graph)
+    return program(graph, [n for n in (target.node, target.mask) if n is not None])
 
 
 def single_trials(measured: Measured, sites: Sequence[Site]) -> Iterator[Trial]:
     """One weight after the other, in the order of the stream, to be changed alone."""
-    graph = measured.graph
-    target = loss_target(graph)
-    running = program(graph, [n for n in (target.node, target.mask) if n is not None])
+    if not sites:
+        return
+    graph, running = measured.graph, _running(measured.graph)
     states = [running.start(batch) for batch in measured.batches]
     for place, segment in enumerate(running.segments):
         inside = set(segment.nodes)
@@ -150,12 +178,8 @@ class Trial:
     place: int
     site: Site
 
-    def of(self, format: Format) -> Losses:
+    def rounded(self, format: Format) -> Losses:
         """The losses with the weight in a format."""
-        key = f"{self.site.weight} {rounding_key(format)}"
-        return self.measured.of(key, lambda: self._measure(format))
-
-    def _measure(self, format: Format) -> Losses:
         value = dequantized(self.measured.graph.weight(self.site.node), format)
         return self.changed(rounding([self.site], format), value)
 
