@@ -27,7 +27,7 @@ def pareto_front(  # noqa: PLR0913  (one parameter per option)
     ] = None,
     by: Annotated[str, typer.Option(help="The score: fisher, kl, relevance, ….")] = "fisher",
     choices: Annotated[
-        str, typer.Option(help="Widths, or bits/block, with commas: 2,4/32,4/128,8.")
+        str, typer.Option(help="Widths (in blocks of 32, 64, 128), or bits/block: 2,4/32,8.")
     ] = "2,4,8",
     axis: Annotated[str, typer.Option(help="bytes, or time of a call on this machine.")] = "bytes",
     points: Annotated[int, typer.Option(help="How many budgets.")] = 16,
