@@ -122,6 +122,13 @@ def groups_in_memory(sites: Sequence[Site], formats: int) -> Iterator[list[Site]
         yield group
 
 
+def rounding_errors(weight: Tensor, formats: tuple[Format, ...]) -> Tensor:
+    """``W' - W`` in each format, ``[formats, out, in]``."""
+    if not formats:
+        return weight[None][:0]
+    return torch.stack([dequantized(weight, f) - weight for f in formats])
+
+
 class _Effects(Watcher):
     """Projects gradients on the errors of some weights: ``<G, D>`` for each loss."""
 
@@ -137,11 +144,9 @@ class _Effects(Watcher):
         self._formats = formats
         self._blocks = sorted({f.block for f in formats}) if int8_activations else []
         self._site_of = {reader: site.weight for site in sites for reader in site.readers}
-        self._errors: dict[str, Tensor] = {}
-        for site in sites:
-            weight = graph.weight(site.node).float()
-            errors = [dequantized(weight, f) - weight for f in formats]
-            self._errors[site.weight] = torch.stack(errors) if errors else weight[None][:0]
+        self._errors = {
+            site.weight: rounding_errors(graph.weight(site.node).float(), formats) for site in sites
+        }
         none = torch.zeros(len(formats), dtype=torch.float64)
         self._running = dict.fromkeys(self._errors, none)
         self._projections: dict[str, list[Tensor]] = {name: [] for name in self._errors}

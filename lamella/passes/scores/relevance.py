@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from lamella.ir.graph import Graph
 from lamella.passes.base import Analyses
-from lamella.passes.scores.base import Level, Meaning, Score, ScoreReport, finite
-from lamella.passes.scores.starts import DRAWN, Draws, check_options
+from lamella.passes.scores.base import Level, Meaning, Score, ScoreReport
+from lamella.passes.scores.relevance_of_parts import RelevanceOfParts
+from lamella.passes.scores.starts import DRAWN
 from lamella.passes.scores.structure import parts_of
-from lamella.passes.scores.target import first_sequences
-from lamella.passes.scores.watching import Baseline, check_baseline, watch_samples, watch_stream
-from lamella.rules.relevance.presets import Preset, preset_of
+from lamella.passes.scores.watching import Baseline
+from lamella.rules.relevance.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class RelevanceScore(Score):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_options(self.preset, self.start, self.sequences, self.draws)
-        check_baseline(self.baseline)
+        self._of_parts()
 
     def run(self, graph: Graph, analyses: Analyses) -> ScoreReport:
         """Run the sequences one by one, and relevance backwards.
@@ -72,12 +71,12 @@ class RelevanceScore(Score):
             SamplesError: There are no samples.
             GraphError: No output is a distribution or a vector.
         """
-        samples = first_sequences(analyses.need_samples(), self.sequences)
-        parts = [part for part in parts_of(graph, self.level) if part.droppable]
-        watched = watch_stream(graph, parts, self.baseline)
-        draws = Draws.of(self.start, self.draws, self.seed)
-        watch_samples(graph, samples, preset_of(self.preset), watched, draws)
-        values = {
-            one.names[0]: finite(float(one.effects().abs().mean()), one.names[0]) for one in watched
-        }
+        values: dict[str, float] = {}
+        if any(part.droppable for part in parts_of(graph, self.level)):
+            found = analyses.get(self._of_parts()).of(self.level).values
+            values = {name: value for name, (value,) in found.items()}
         return ScoreReport(self.name, self.level, values, "output", self.meaning)
+
+    def _of_parts(self) -> RelevanceOfParts:
+        options = (self.preset, self.start, self.baseline, self.sequences, self.draws, self.seed)
+        return RelevanceOfParts((self.level,), *options)

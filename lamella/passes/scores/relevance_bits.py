@@ -14,10 +14,10 @@ from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.operators import round_to_int8
 from lamella.ir.ops import aten
-from lamella.ir.quantize import Format, dequantized
+from lamella.ir.quantize import Format
 from lamella.passes.base import Analyses
 from lamella.passes.scores.base import BitScore, BitScoreReport, finite
-from lamella.passes.scores.fisher import groups_in_memory
+from lamella.passes.scores.fisher import groups_in_memory, rounding_errors
 from lamella.passes.scores.starts import DRAWN, Draws, all_seeds, check_options
 from lamella.passes.scores.sweeps import Sweeps
 from lamella.passes.scores.target import LossTarget, first_sequences, loss_target
@@ -148,7 +148,9 @@ class _Effects:
             if node.target is aten.embedding.default
         }
         self._weights = {site.weight: graph.weight(site.node).float() for site in sites}
-        self._errors = {name: _errors(weight, formats) for name, weight in self._weights.items()}
+        self._errors = {
+            name: rounding_errors(weight, formats) for name, weight in self._weights.items()
+        }
         self._running: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
 
@@ -197,13 +199,6 @@ class _Effects:
 
 def _squared_sum(value: Tensor) -> float:
     return float(value.double().square().sum())
-
-
-def _errors(weight: Tensor, formats: tuple[Format, ...]) -> Tensor:
-    """``W' - W`` in each format, ``[formats, out, in]``."""
-    if not formats:
-        return weight[None][:0]
-    return torch.stack([dequantized(weight, f) - weight for f in formats])
 
 
 def _read(node: Node) -> Node:
