@@ -268,3 +268,13 @@ def test_a_model_with_moved_factors_is_an_ordinary_checkpoint(tmp_path: Path) ->
         got = hf.LlamaForCausalLM.from_pretrained(tmp_path / "out")(**inputs).logits
     # Two blocks of float32 in another order.
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["smoothquant", "awq"])
+def test_inputs_that_overflow_name_the_layers(strategy: str) -> None:
+    model, x = _planted()
+    graph = _graph(model, (x,))
+    norm = graph.weight_node("norm.weight")
+    graph.set_weight(norm, graph.weight(norm) * float("inf"))
+    with pytest.raises(SamplesError, match=r"inputs of linear.* NaN or infinite"):
+        _fold(graph, FoldScales(strategy), Samples.of([{"x": x}]))

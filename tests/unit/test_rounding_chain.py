@@ -283,11 +283,6 @@ def test_concentration_is_the_attention_that_tokens_get():
     assert 0 < LEAST < 1
 
 
-def test_methods_need_samples():
-    with pytest.raises(SamplesError, match=r"method=gptq rounds weights for the inputs .* samples"):
-        run(mlp(), None, bits=4, method="gptq")
-
-
 def test_too_few_tokens_are_told_with_the_number_needed():
     few = samples(1, tokens=10)
     (note,) = [n for n in run(mlp(), few, bits=4, method="gptq") if "too few" in n]
@@ -327,6 +322,33 @@ def test_more_damping_is_told(monkeypatch):
     monkeypatch.setattr(torch.linalg, "cholesky_ex", once)
     notes = " ".join(run(mlp(), samples(), bits=4, method="gptq"))
     assert "singular with a damping of 0.1, 1 was needed: 0.up.weight" in notes
+
+
+def overflowing() -> Graph:
+    """A graph whose second norm gives more than float32 holds."""
+    graph = mlp()
+    node = graph.weight_node("1.norm.weight")
+    graph.set_weight(node, graph.weight(node) * float("inf"))
+    return graph
+
+
+@pytest.mark.parametrize("method", ["gptq", "quantease", "pb-llm", "flexround"])
+def test_samples_that_overflow_name_the_layer(method):
+    options = {"bits": 8 if method == "pb-llm" else 4, "method": method}
+    with pytest.raises(SamplesError, match=r"1\.up\.weight.* NaN or infinite"):
+        run(overflowing(), samples(), **options)
+
+
+def test_samples_that_overflow_leave_no_importance():
+    with pytest.raises(PassError, match=r"'1\.up\.weight' can't be quantized: importance holds"):
+        run(overflowing(), samples(), bits=4, by_inputs=True)
+
+
+@pytest.mark.parametrize("method", ["gptq", "quantease", "pb-llm", "flexround"])
+def test_every_method_with_samples_says_that_there_are_none(method):
+    options = {"bits": 8 if method == "pb-llm" else 4, "method": method}
+    with pytest.raises(SamplesError, match=f"method={method} .* pass samples="):
+        run(mlp(), None, **options)
 
 
 def test_values_that_overflow_name_the_node():

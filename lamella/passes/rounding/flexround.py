@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from lamella.errors import SamplesError
 from lamella.ir.quantize import Format, Quantized, quantize
 from lamella.ir.segments import Segment, Values
 from lamella.passes.rounding.base import Rounded, Rounding
@@ -53,12 +55,21 @@ class FlexRound(Rounding):
 
         Returns:
             The weights, and the loss relative to the mean square before and after.
+
+        Raises:
+            SamplesError: What the block gives is NaN or infinite.
         """
         learned = {
             site.node: Learned(block.weights[site.node], format)
             for site, format in block.formats.items()
         }
         before = block.loss({node: one.value() for node, one in learned.items()})
+        if not math.isfinite(before):
+            names = ", ".join(site.weight for site in block.formats)
+            raise SamplesError(
+                f"the samples give values behind {names} that are NaN or infinite, or whose "
+                f"squares overflow; look for inputs or weights that overflow"
+            )
         parameters = [p for one in learned.values() for p in one.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=self.rate)
         generator = torch.Generator().manual_seed(self.seed)

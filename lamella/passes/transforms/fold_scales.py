@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lamella.errors import SamplesError
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format, dequantized
 from lamella.ir.reducers import Gram, MaxAbs, Reducer, State
@@ -73,6 +74,7 @@ class FoldScales(Transform):
 
     Raises:
         ValueError: An option has another value.
+        SamplesError: The inputs of a layer hold NaN or infinite entries, or squares overflow.
 
     References:
         [Xiao2023], section 4; [Lin2024], section 3.2.
@@ -126,6 +128,7 @@ class FoldScales(Transform):
         requests = {place: _requests(place, MaxAbs()) for place in places}
         known = analyses.statistics([r for several in requests.values() for r in several])
         for place, several in requests.items():
+            _check_finite(place, [known[request] for request in several])
             inputs = place.spread([known[request] for request in several], "amax")
             largest = [_weight(graph, reader.layer).abs().amax(0) for reader in place.readers]
             weights = place.spread(largest, "amax")
@@ -148,6 +151,7 @@ class FoldScales(Transform):
             ready = [p for p, pair in requests.items() if all(r in known for s in pair for r in s)]
             for place in ready:
                 means, grams = requests.pop(place)
+                _check_finite(place, [known[request] for request in (*means, *grams)])
                 mean = place.spread([known[request] for request in means], "mean")
                 scales, errors = self._searched(graph, place, mean, [known[r] for r in grams])
                 before, after = before + errors[0], after + errors[1]
@@ -196,6 +200,16 @@ def output_error(weight: Tensor, gram: Tensor, scales: Tensor, format: Format) -
 
 def _requests(place: Place, reducer: Reducer) -> list[Request]:
     return [Request.of(reducer, reader.value) for reader in place.readers]
+
+
+def _check_finite(place: Place, statistics: Iterable[Tensor]) -> None:
+    """Refuse inputs that overflow, which would give factors that are no numbers."""
+    if not all(bool(torch.isfinite(one).all()) for one in statistics):
+        names = ", ".join(reader.layer.name for reader in place.readers)
+        raise SamplesError(
+            f"the samples give the inputs of {names} entries that are NaN or infinite, or whose "
+            f"squares overflow; look for inputs or weights that overflow"
+        )
 
 
 def _weight(graph: Graph, layer: torch.fx.Node) -> Tensor:
