@@ -41,7 +41,7 @@ class InputSpec:
 
 def specs_of(graph: Graph) -> tuple[InputSpec, ...]:
     """The inputs of `graph`, in the order of its signature."""
-    names = symbol_names(graph)
+    names = symbol_names(graph.nodes)
     pairs = zip(graph.signature.inputs, graph.inputs, strict=True)
     return tuple(_spec(name, node, names) for name, node in pairs)
 

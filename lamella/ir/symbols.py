@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
-
-if TYPE_CHECKING:
-    from lamella.ir.graph import Graph
 
 _AXES = {
     1: ("batch",),
@@ -37,8 +34,8 @@ def shape_of(node: Node) -> tuple[sympy.Expr | int, ...]:
     return tuple(size_of(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
-def symbol_names(graph: Graph) -> dict[sympy.Symbol, str]:
-    """A distinct readable name for every symbol in the shapes of `graph`.
+def symbol_names(nodes: Sequence[Node]) -> dict[sympy.Symbol, str]:
+    """A distinct readable name for every symbol in the shapes of the nodes of a graph.
 
     A symbol is called by the first axis of an input that it is the size of: the first axis is
     ``batch``, the second of two or three ``sequence``. A second symbol of that name gets a
@@ -47,7 +44,7 @@ def symbol_names(graph: Graph) -> dict[sympy.Symbol, str]:
     """
     names: dict[sympy.Symbol, str] = {}
     taken: set[str] = set()
-    for node in graph.inputs:
+    for node in (node for node in nodes if node.op == "placeholder"):
         shape = shape_of(node)
         axes = _CACHE if node.name.startswith("past_key_values") else _AXES.get(len(shape), ())
         for axis, size in enumerate(shape):
@@ -55,7 +52,7 @@ def symbol_names(graph: Graph) -> dict[sympy.Symbol, str]:
                 wanted = axes[axis] if axis < len(axes) else f"axis_{axis}"
                 prefix = "decoder_" if axis > 0 and node.name.startswith("decoder_") else ""
                 names[size] = _distinct(prefix + wanted, taken)
-    for symbol in sorted(_symbols(graph) - names.keys(), key=str):
+    for symbol in sorted(_symbols(nodes) - names.keys(), key=str):
         names[symbol] = _distinct(str(symbol), taken)
     return names
 
@@ -77,11 +74,11 @@ def _distinct(wanted: str, taken: set[str]) -> str:
     return name
 
 
-def _symbols(graph: Graph) -> set[sympy.Symbol]:
-    """The symbols of all shapes and integers of the graph."""
+def _symbols(nodes: Sequence[Node]) -> set[sympy.Symbol]:
+    """The symbols of all shapes and integers."""
     found: set[sympy.Symbol] = set()
     seen: set[int] = set()
-    for node in graph.nodes:
+    for node in nodes:
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else (value,)
         for size in sizes:

@@ -63,7 +63,7 @@ def node_names(graph: Graph) -> dict[Node, str]:
 class _Writer:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._symbols = symbol_names(graph)
+        self._symbols = symbol_names(graph.nodes)
         self._sizes: dict[int, str] = {}
         self._labels = block_labels([block.name for block in graph.blocks])
         self._block = self._blocks()

@@ -26,7 +26,7 @@ class Shapes(nn.Module):
 
 
 def names_of(graph) -> list[tuple[str, ...]]:
-    names = symbol_names(graph)
+    names = symbol_names(graph.nodes)
     return [tuple(named(size, names) for size in shape_of(node)) for node in graph.inputs]
 
 
@@ -48,13 +48,13 @@ def test_a_second_symbol_of_a_name_is_numbered() -> None:
 
 def test_fixed_sizes_are_numbers() -> None:
     graph = capture_module(Pair(), (torch.zeros(2, 7), torch.zeros(2, 5)), dynamic=False)
-    assert symbol_names(graph) == {}
+    assert symbol_names(graph.nodes) == {}
     assert [shape_of(node) for node in graph.inputs] == [(2, 7), (2, 5)]
 
 
 def test_expressions_are_written_in_names() -> None:
     graph = capture_module(Shapes(), (torch.zeros(2, 7), torch.zeros(3, 5, 4), torch.zeros(1)))
-    names = symbol_names(graph)
+    names = symbol_names(graph.nodes)
     (size,) = shape_of(graph.outputs[0])
     assert isinstance(size, sympy.Expr)
     text = named(size, names)
@@ -65,7 +65,7 @@ def test_expressions_are_written_in_names() -> None:
 
 def test_every_symbol_of_every_shape_has_a_name(captured) -> None:
     graph = captured("t5")
-    names = symbol_names(graph)
+    names = symbol_names(graph.nodes)
     assert len(set(names.values())) == len(names)
     used = {
         symbol

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lamella.backends.onnxruntime.extents import extent_of, is_fixed
+from lamella.backends.onnxruntime.extents import ARITHMETIC, is_fixed
 from lamella.backends.onnxruntime.types import onnx_type
 from lamella.errors import BackendError
 from lamella.ir import ops
@@ -260,8 +262,38 @@ class Emission:
         if key not in self._extents:
             if not isinstance(size, Node):
                 raise BackendError(f"the size {key} has no node that computes it")
-            self._extents[key] = extent_of(self, size)
+            self._extents[key] = self._computed(size)
         return self._extents[key]
+
+    def _computed(self, node: Node) -> ir.Value:
+        """A vector with the one integer that `node` computes.
+
+        Raises:
+            BackendError: It is computed by something that is no shape arithmetic.
+        """
+        if node.target is torch.ops.aten.sym_size.int:
+            source, axis = node.args[0], node.args[1]
+            assert isinstance(source, Node)
+            assert isinstance(axis, int)
+            axis %= source.meta["val"].ndim
+            return self.op("Shape", self.tensor(source), start=axis, end=axis + 1)
+        if node.target in (operator.floordiv, operator.mod):
+            return self._divided(node)
+        kind = ARITHMETIC.get(node.target)
+        if kind is None:
+            raise BackendError(f"{ops.op_name(node.target)} computes no size (node {node.name})")
+        return self.op(kind, *(self.extent(argument) for argument in node.args))
+
+    def _divided(self, node: Node) -> ir.Value:
+        """Division of integers that rounds down, and its remainder, as in Python."""
+        numerator, divisor = (self.extent(argument) for argument in node.args)
+        if node.target is operator.mod:
+            return self.op("Mod", numerator, divisor)
+        held = [one.meta["val"] if isinstance(one, Node) else one for one in node.args]
+        if not all(statically_known_true(one >= 0) for one in held):
+            # Div of ONNX rounds towards zero.
+            numerator = self.op("Sub", numerator, self.op("Mod", numerator, divisor))
+        return self.op("Div", numerator, divisor)
 
     def size(self, node: Node, axis: int) -> ir.Value:
         """One size of a tensor, as a vector with one entry; read where it is cheapest."""

@@ -89,7 +89,7 @@ def write_onnx(
     for output in outputs:
         if output.name is not None:
             e.unique(output.name)
-    names = symbol_names(graph)
+    names = symbol_names(graph.nodes)
     inputs = list(_inputs(e, names))
     for node in graph.nodes:
         if node.op == "get_attr":

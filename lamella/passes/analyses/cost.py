@@ -262,7 +262,7 @@ def cost_of(graph: Graph) -> CostReport:
 def readable_symbols(graph: Graph) -> dict[sympy.Symbol, sympy.Symbol]:
     """Symbol of the trace -> symbol with a readable name, the batches of all inputs merged."""
     merged = merged_batch(graph)
-    names = symbol_names(graph)
+    names = symbol_names(graph.nodes)
     return {symbol: _symbol(names[merged.get(symbol, symbol)]) for symbol in names}
 
 
