@@ -289,7 +289,7 @@ class Emission:
         numerator, divisor = (self.extent(argument) for argument in node.args)
         if node.target is operator.mod:
             return self.op("Mod", numerator, divisor)
-        held = [one.meta["val"] if isinstance(one, Node) else one for one in node.args]
+        held: list[Any] = [o.meta["val"] if isinstance(o, Node) else o for o in node.args]
         if not all(statically_known_true(one >= 0) for one in held):
             # Div of ONNX rounds towards zero.
             numerator = self.op("Sub", numerator, self.op("Mod", numerator, divisor))
