@@ -11,18 +11,20 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.quantization import builder_peer
 from benchmarks.quantization.allocators import ALLOCATORS, OVERHEAD, Spending, cost
 from benchmarks.quantization.judge import Judge
 from benchmarks.quantization.nncf_peer import Nncf
 from benchmarks.quantization.weight_peers import METHODS, WeightPeer
 from benchmarks.record import Result
 from benchmarks.scores.cases import CASES, Case
+from benchmarks.zoo.language_model import language_model
 from lamella.passes.base import Analyses
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter with openvino and nncf")
     for tool in METHODS:
         parser.add_argument(f"--{tool}", metavar="PYTHON", help=f"interpreter with {tool}")
+    parser.add_argument("--builder", action="store_true", help="of onnxruntime-genai, for lm")
     parser.add_argument("--allocators", nargs="*", default=list(ALLOCATORS))
     parser.add_argument("--budgets", nargs="*", type=float, default=list(BUDGETS))
     options = parser.parse_args()
@@ -50,19 +53,25 @@ def main() -> None:
         for allocator in options.allocators:
             found[allocator] = measured(judge, allocator, options.budgets)
             save(found, kept)
-        if options.peer:
-            with tempfile.TemporaryDirectory() as folder:
-                found[NNCF] = beside(judge, options.peer, Path(folder), options.budgets)
+        for tool, losses in peers(judge, options):
+            found[tool] = losses
             save(found, kept)
-        for tool in METHODS:
-            python = getattr(options, tool)
-            if python:
-                with tempfile.TemporaryDirectory() as folder:
-                    found[tool] = rounded_by(
-                        WeightPeer(tool, python, judge, Path(folder)), options.budgets
-                    )
-                save(found, kept)
         publish(judge, found, options.budgets)
+
+
+def peers(judge: Judge, options: argparse.Namespace) -> Iterator[tuple[str, list[Tensor | None]]]:
+    """The losses of every peer that there is an interpreter for."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if options.peer:
+            yield NNCF, nncf(judge, options.peer, folder, options.budgets)
+        for tool in METHODS:
+            if python := getattr(options, tool):
+                runs = WeightPeer(tool, python, judge, folder).rounded()
+                yield tool, best_of(judge, tool, runs, options.budgets)
+        if options.builder and judge.case.name == "lm":
+            runs = builder_peer.rounded(language_model(), judge, folder)
+            yield builder_peer.NAME, best_of(judge, builder_peer.NAME, runs, options.budgets)
 
 
 def save(found: dict[str, list[Tensor | None]], path: Path) -> None:
@@ -91,9 +100,7 @@ def analyses_of(case: Case) -> Analyses:
     return Analyses(case.graph.copy(), case.seen[0])
 
 
-def beside(
-    judge: Judge, python: str, folder: Path, budgets: Sequence[float]
-) -> list[Tensor | None]:
+def nncf(judge: Judge, python: str, folder: Path, budgets: Sequence[float]) -> list[Tensor | None]:
     """The best of NNCF at every budget, or None where nothing of it is small enough."""
     peer = Nncf(python, judge, folder)
     peer.prepare()
@@ -107,18 +114,22 @@ def beside(
     return found
 
 
-def rounded_by(peer: WeightPeer, budgets: Sequence[float]) -> list[Tensor | None]:
-    """The best setting of a tool at every budget, or None where none is small enough."""
-    peer.run()
-    found = [peer.best(Spending(analyses_of(peer.judge.case), bits)) for bits in budgets]
-    for bits, best in zip(budgets, found, strict=True):
-        told = (
-            "none"
-            if best is None
-            else f"{best[0]}: {best[1]} bytes, {peer.judge.mean(best[2]):.5f}"
-        )
-        logger.info("%s %s %.1f: %s", peer.judge.case.name, peer.tool, bits, told)
-    return [None if best is None else best[2] for best in found]
+def best_of(
+    judge: Judge, tool: str, runs: Mapping[str, tuple[int, Tensor]], budgets: Sequence[float]
+) -> list[Tensor | None]:
+    """The setting of a tool that loses least at every budget; None where none is small enough.
+
+    The choice is made with the figures that are told, to the advantage of the peer.
+    """
+    analyses, found = analyses_of(judge.case), list[Tensor | None]()
+    for bits in budgets:
+        room = Spending(analyses, bits).room
+        fitting = [(label, *run) for label, run in runs.items() if run[0] <= room]
+        best = min(fitting, key=lambda one: judge.mean(one[2])) if fitting else None
+        found.append(None if best is None else best[2])
+        told = "none" if best is None else f"{best[0]}: {best[1]} bytes, {judge.mean(best[2]):.5f}"
+        logger.info("%s %s %.1f: %s", judge.case.name, tool, bits, told)
+    return found
 
 
 def publish(judge: Judge, found: dict[str, list[Tensor | None]], budgets: Sequence[float]) -> None:
@@ -126,7 +137,7 @@ def publish(judge: Judge, found: dict[str, list[Tensor | None]], budgets: Sequen
     ours = found.get(OURS, [None] * len(budgets))
     rows = [
         (name, *(_cell(judge, one, two) for one, two in zip(losses, ours, strict=True)))
-        for name in (*ALLOCATORS, NNCF, *METHODS)
+        for name in (*ALLOCATORS, NNCF, *METHODS, builder_peer.NAME)
         if (losses := found.get(name)) is not None
     ]
     Result(
@@ -144,8 +155,9 @@ def publish(judge: Judge, found: dict[str, list[Tensor | None]], budgets: Sequen
             "Uniform is the widest format of a kernel that fits. NNCF: the best of two modes and "
             "two criteria, chosen on the figures shown, at the most bytes that fit. onnxruntime "
             "(MatMulNBits quantizer: rtn, hqq, k_quant, gptq) and torchao (groupwise rtn) give "
-            "one width and block to all weights: the best setting that fits, chosen on the figures "
-            "shown. Peers keep activations in float32.",
+            "one width and block to all weights, the builder of onnxruntime-genai (rtn, k_quant, "
+            "k_quant_last, k_quant_mixed) 8 bits to some by rule: the best setting that fits, "
+            "chosen on the figures shown. Peers keep activations in float32.",
         ),
     ).publish()
 

@@ -14,6 +14,7 @@ from benchmarks.scores.cases import Case, outputs
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format
 from lamella.passes.scores.target import loss_target
+from lamella.passes.sites import find_sites
 
 DRAWS = 400
 
@@ -37,6 +38,13 @@ class Judge:
     def losses(self, plan: Mapping[str, Format]) -> Tensor:
         """The loss of each sequence with the numerics that are deployed."""
         return self.of_outputs(outputs(quantized(self.case.graph, plan), self.case.unseen))
+
+    def of_weights(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each sequence with other weights, activations in float32."""
+        edited = self.case.graph.copy()
+        for site in find_sites(edited):
+            edited.set_weight(site.node, weights[site.weight])
+        return self.of_outputs(outputs(edited, self.case.unseen))
 
     def of_outputs(self, rows: Sequence[Tensor]) -> Tensor:
         """The loss of each sequence, float64."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quantization.allocators import Spending
 from benchmarks.quantization.judge import Judge
-from benchmarks.scores.cases import outputs
 from lamella.ir.segments import program
 from lamella.passes.sites import find_sites
 
@@ -32,7 +30,7 @@ _ONLY_FOUR = ("gptq", "k_quant")
 _NARROW = ("hqq",)
 
 
-@dataclass
+@dataclass(frozen=True)
 class WeightPeer:
     """A tool in an environment of its own.
 
@@ -47,10 +45,10 @@ class WeightPeer:
     python: str
     judge: Judge
     folder: Path
-    runs: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Round the model in every setting, and judge it; what fails is left out by name."""
+    def rounded(self) -> dict[str, tuple[int, Tensor]]:
+        """Setting -> bytes, and losses on unseen sequences; what fails is left out by name."""
+        found: dict[str, tuple[int, Tensor]] = {}
         weights, inputs = self.folder / "weights.npz", self.folder / "inputs.npz"
         graph = self.judge.case.graph
         np.savez(weights, **{s.weight: graph.weight(s.node).numpy() for s in find_sites(graph)})
@@ -68,15 +66,8 @@ class WeightPeer:
                 reason = done.stderr.decode().splitlines()[-1]
                 logger.info("%s %s failed: %s", self.tool, label, reason)
                 continue
-            self.runs[label] = self._read(out)
-
-    def best(self, spending: Spending) -> tuple[str, int, Tensor] | None:
-        """The setting that loses least within the bytes, judged on unseen sequences.
-
-        The choice is made with the figures that are told, to the advantage of the peer.
-        """
-        fitting = [(k, *run) for k, run in self.runs.items() if run[0] <= spending.room]
-        return min(fitting, key=lambda one: self.judge.mean(one[2])) if fitting else None
+            found[label] = self._read(out)
+        return found
 
     def _settings(self) -> Iterator[tuple[str, int, int]]:
         for method in METHODS[self.tool]:
@@ -101,7 +92,6 @@ class WeightPeer:
         }
 
     def _read(self, out: Path) -> tuple[int, Tensor]:
-        data, edited = np.load(out), self.judge.case.graph.copy()
-        for site in find_sites(edited):
-            edited.set_weight(site.node, torch.from_numpy(data[site.weight]))
-        return int(data["bytes"]), self.judge.of_outputs(outputs(edited, self.judge.case.unseen))
+        data = np.load(out)
+        weights = {name: torch.from_numpy(data[name]) for name in data.files if name != "bytes"}
+        return int(data["bytes"]), self.judge.of_weights(weights)
