@@ -24,10 +24,11 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 """Tool -> its ways of rounding."""
 
-WIDTHS = {"onnxruntime": (2, 4, 8), "torchao": (2, 3, 4, 5, 6, 8)}
-BLOCKS = (32, 128)
+WIDTHS = {"onnxruntime": (2, 4), "torchao": (2, 3, 4, 5)}
+"""More bits for all weights fit into none of the budgets."""
+
+BLOCKS = {"onnxruntime": (32, 128), "torchao": (32,)}
 _ONLY_FOUR = ("gptq", "k_quant")
-_NARROW = ("hqq",)
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class WeightPeer:
     def _settings(self) -> Iterator[tuple[str, int, int]]:
         for method in METHODS[self.tool]:
             for bits in WIDTHS[self.tool]:
-                if (method in _ONLY_FOUR and bits != 4) or (method in _NARROW and bits > 4):
+                if method in _ONLY_FOUR and bits != 4:
                     continue
-                yield from ((method, bits, block) for block in BLOCKS)
+                yield from ((method, bits, block) for block in BLOCKS[self.tool])
 
     def _inputs(self) -> dict[str, np.ndarray]:
         """What linear layers read of the seen sequences, ``[tokens, in]``."""
