@@ -83,8 +83,9 @@ def main() -> None:
     logging.getLogger("lamella").setLevel(logging.WARNING)
     if options.part != "time":
         for name in options.models:
+            found = losses(name, options.budgets, options.plans)
             kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
-            kept[name] = kept.get(name, {}) | losses(name, options.budgets, options.plans)
+            kept[name] = kept.get(name, {}) | found
             KEPT.write_text(json.dumps(kept, indent=1) + "\n")
     if options.part != "loss":
         publish(options.plans)
