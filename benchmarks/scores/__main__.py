@@ -30,7 +30,7 @@ def main() -> None:
     cases = [CASES[name]() for name in options.models]
     results: list[Result] = []
     if "bits" in options.parts:
-        results.append(bits.table(cases, [bits.scored(case, options.only) for case in cases]))
+        results += [bits.table(case, options.only) for case in cases]
     if "integers" in options.parts:
         results.append(integers.table(cases))
     if "drops" in options.parts:

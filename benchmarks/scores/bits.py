@@ -208,30 +208,21 @@ def _row(judge: Judge, label: str, scores: Sequence[BitScore]) -> tuple[object, 
     return row
 
 
-def table(cases: Sequence[Case], found: Sequence[Mapping[str, tuple[object, ...]]]) -> Result:
-    """One row for each score, with the figures of all models side by side."""
-    labels = dict.fromkeys(label for one in found for label in one)
-    missing = ("-",) * 5
-    rows = [
-        (label, *(cell for one in found for cell in one.get(label, missing))) for label in labels
-    ]
-    parts = ("Spearman", "within a width", "regret", "products", "time")
-    described = ", ".join(
-        f"{case.name}: {len(case.unseen)} unseen sequences, scores from {len(case.seen)} set(s) "
-        f"of {case.sequences}"
-        for case in cases
-    )
+def table(case: Case, only: Sequence[str]) -> Result:
+    """One row for each score of a model."""
+    rows = [(label, *cells) for label, cells in rows_of(Judge.of(case), only).items()]
     return Result(
-        "scores_bits",
-        "Scores of weights against the measured loss of each single rounding: Spearman over all "
-        "(weight, bits) and within a width, and regret",
-        ("score", *(f"{case.name}: {part}" for case in cases for part in parts)),
+        f"scores_bits_{case.name}",
+        f"{case.name}: scores of weights against the measured loss of each single rounding, over "
+        "all (weight, bits) and within a width",
+        ("score", "Spearman", "within a width", "regret", "products", "time"),
         rows,
         (
-            f"{described}. Blocks of 64, inputs rounded to 8 bits. Means over disjoint "
-            f"sets of samples, each with a seed of its own (random: {RANDOM_SEEDS} seeds; "
-            f"without data, and {', '.join(ONCE)} but on vit: once), and "
-            "[95 % of sets and of unseen sequences drawn with replacement].",
+            f"{len(case.unseen)} unseen sequences, scores from {len(case.seen)} sets of "
+            f"{case.sequences}. Blocks of 64, inputs rounded to 8 bits. Means over disjoint sets "
+            f"of samples, each with a seed of its own (random: {RANDOM_SEEDS} seeds; without "
+            f"data, and {', '.join(ONCE)} but on vit: once), and [95 % of sets and of unseen "
+            "sequences drawn with replacement].",
             "Scores of blocks (lim, zd, luq, owl, ends) and of branches (similarity) are priors: "
             "scaled to [0.1, 1] and multiplied by the relative error of the weight in a width, as "
             "allocate-bits does; hawq multiplies the mean curvature by the squared error, as its "
@@ -239,14 +230,8 @@ def table(cases: Sequence[Case], found: Sequence[Mapping[str, tuple[object, ...]
             "Regret: measured loss (single changes, added) of the plans that a score chooses at "
             f"{', '.join(f'{b:g}' for b in BUDGETS)} bits, over that of the best plans, minus 1.",
             "products, time: products of matrices, and time of one core, in those of a forward "
-            "run of all samples of a set; times are medians, each beside forward runs just before "
-            "and after. All round weights, which takes time and no products.",
+            "run of all samples of a set, in their batches; times are medians, each beside forward "
+            "runs just before and after. All round weights, which takes time and no products.",
             "hawq-eigenvalue: 2 sequences and at most 6 rounds of power iteration.",
-            "Rows with - were not run for that model.",
         ),
     )
-
-
-def scored(case: Case, only: Sequence[str]) -> Mapping[str, tuple[object, ...]]:
-    """The rows of a case."""
-    return rows_of(Judge.of(case), only)
