@@ -27,7 +27,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 WIDTHS = {"onnxruntime": (2, 4), "torchao": (2, 3, 4, 5)}
 """More bits for all weights fit into none of the budgets."""
 
-BLOCKS = {"onnxruntime": (32, 128), "torchao": (32,)}
+BLOCK = 32
 _ONLY_FOUR = ("gptq", "k_quant")
 
 
@@ -75,7 +75,7 @@ class WeightPeer:
             for bits in WIDTHS[self.tool]:
                 if method in _ONLY_FOUR and bits != 4:
                     continue
-                yield from ((method, bits, block) for block in BLOCKS[self.tool])
+                yield method, bits, BLOCK
 
     def _inputs(self) -> dict[str, np.ndarray]:
         """What linear layers read of the seen sequences, ``[tokens, in]``."""
