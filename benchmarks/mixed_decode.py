@@ -38,7 +38,12 @@ logger = logging.getLogger(__name__)
 
 UNIFORM = "4 bits, blocks of 32"
 BUDGETS = (4.25, 4.5, 4.75)
-METHODS = ("rtn", "gptq")
+METHODS = {"trained, 10 M": ("rtn", "gptq"), "random, 88 M": ("rtn",)}
+"""Ways of rounding whose losses are measured."""
+
+SCORES = {"trained, 10 M": "fisher", "random, 88 M": "weight-error"}
+"""What plans are made by: nothing more is known of weights that are random."""
+
 PAST, ROUNDS = 128, 40
 KEPT = RESULTS / "mixed_decode_loss.json"
 
@@ -96,9 +101,9 @@ def losses(name: str, budgets: Sequence[float], folder: Path) -> dict[str, float
     graph, seen, unseen = MODELS[name]()
     target, reference = loss_target(graph), outputs(graph, unseen)
     found: dict[str, float] = {}
-    for label, plan in plans(graph, seen, budgets).items():
+    for label, plan in plans(graph, seen, budgets, SCORES[name]).items():
         plan.write(path_of(folder, name, label))
-        for method in METHODS:
+        for method in METHODS[name]:
             edited = graph.copy()
             edited.plan, edited.plan_made = plan.formats, plan
             lamella.transform(edited, [f"quantize-weights method={method}"], samples=seen)
@@ -109,7 +114,9 @@ def losses(name: str, budgets: Sequence[float], folder: Path) -> dict[str, float
     return found
 
 
-def plans(graph: Graph, seen: Sequence[Batch], budgets: Sequence[float]) -> dict[str, Plan]:
+def plans(
+    graph: Graph, seen: Sequence[Batch], budgets: Sequence[float], by: str
+) -> dict[str, Plan]:
     """One width for all, and what `allocate-bits` does with each budget; scored once."""
     wide = Format(4, 32)
     uniform = {
@@ -118,7 +125,7 @@ def plans(graph: Graph, seen: Sequence[Batch], budgets: Sequence[float]) -> dict
     found = {UNIFORM: Plan(uniform)}
     analyses = Analyses(graph, Samples.of(seen))
     for budget in budgets:
-        AllocateBits(budget=budget, min_size=0).run(graph, analyses)
+        AllocateBits(budget=budget, by=by, min_size=0).run(graph, analyses)
         assert graph.plan_made is not None
         found[f"mixed, {budget:g} bits"] = graph.plan_made
     return found
@@ -153,7 +160,8 @@ def publish(folder: Path) -> None:
                 label,
                 bits[label],
                 timings[label].median_seconds * 1e3 / STEPS,
-                *(of_model[f"{label}, {method}"] for method in METHODS),
+                of_model[f"{label}, rtn"],
+                of_model.get(f"{label}, gptq", "-"),
             )
             for label in calls
         ]
@@ -166,7 +174,8 @@ def publish(folder: Path) -> None:
             "KL from the unchanged model on unseen tokens. Mixed: allocate-bits budget=BITS "
             "min_size=0, scored for rounding to nearest; 4.25 bits beside 4 without scales are "
             "4.75 with the half bit of scales that blocks of 32 have.",
-            "The losses of random weights say only how much is rounded.",
+            "The losses of random weights say only how much is rounded; their plans are by "
+            "weight-error.",
         ),
     ).publish()
 
