@@ -277,7 +277,8 @@ def test_the_plan_is_the_best_of_all_within_the_time(share: float, rows: int) ->
     best = min(loss(plan) for plan in every if seconds(plan) <= budget)
     analyses = Analyses(graph)
     analyses.times = times
-    AllocateBits(budget=f"{budget * 1e3:.9f}ms", rows=rows, **_TINY).run(graph, analyses)
+    options = {"budget": f"{budget * 1e3:.9f}ms", "rows": rows, "block": 32, **_TINY}
+    AllocateBits(**options).run(graph, analyses)
     # Prices are rounded to a tenth of a microsecond each.
     assert seconds(dict(graph.plan)) <= budget + 1e-7 * len(groups)
     # Sums of the same numbers; a plan within the rounding of prices may be better than `best`.
