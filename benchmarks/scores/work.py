@@ -19,20 +19,28 @@ BESIDE = 2
 """Forward runs before and after a score that is timed."""
 
 
-def cost_of(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float, float]:
-    """What `run` gives, and its products and its time over those of `forward`.
-
-    Times are of one core, whoever else uses the machine, and those of `forward` are taken
-    just before and after: the same load makes both slower. Counting takes a little of both.
-    """
+def counted(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float]:
+    """What `run` gives, and its products over those of `forward`; counting takes time."""
     with _Counter() as counter:
         forward()
-        whole, beside = counter.flops, [_seconds(forward) for _ in range(BESIDE)]
-        before, started = counter.flops, time.process_time()
+        whole = counter.flops
         found = run()
-        flops, taken = counter.flops - before, time.process_time() - started
-        beside += [_seconds(forward) for _ in range(BESIDE)]
-    return found, flops / whole, taken / statistics.median(beside)
+    return found, (counter.flops - whole) / whole
+
+
+def timed(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float]:
+    """What `run` gives, and its time over that of `forward`.
+
+    Times are of one core, whoever else uses the machine, and those of `forward` are taken
+    just before and after: the same load makes both slower.
+    """
+    forward()
+    beside = [_seconds(forward) for _ in range(BESIDE)]
+    started = time.process_time()
+    found = run()
+    taken = time.process_time() - started
+    beside += [_seconds(forward) for _ in range(BESIDE)]
+    return found, taken / statistics.median(beside)
 
 
 def _seconds(run: Callable[[], object]) -> float:
