@@ -26,7 +26,7 @@ from lamella.passes.base import Analyses
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 
 CASES = ("768x3", "768x12", "1024x6", "1024x24")
-"""Width x blocks; 768x12 has 88 million weights, 1024x24 has 313."""
+"""Width x blocks; 768x12 has 88 million weights, 1024x24 has 280."""
 
 ROWS, TOKENS, BATCHES = 4, 128, 2
 OPTIONS: dict[str, Any] = {
