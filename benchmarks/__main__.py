@@ -29,6 +29,7 @@ SCRIPTS = {
     "quantizers-layers": ("benchmarks.quantizers", "--part", "layers", "--record"),
     "quantizers-loss": ("benchmarks.quantizers", "--part", "loss", "--record"),
     "quantizers-seconds": ("benchmarks.quantizers", "--part", "seconds", "--record"),
+    "quantize-memory": ("benchmarks.quantize_memory", "--record"),
     "scores": ("benchmarks.scores", "--record"),
     "patching": ("benchmarks.patching", "--record"),
 }
