@@ -95,7 +95,9 @@ def _rows(name: str, options: argparse.Namespace, peaks: dict[str, int]) -> Iter
     subject = SUBJECTS[name]()
     calls = calls_of(subject)
     if options.compiled:
-        calls[f"{subject.compiled}, compiled"] = _compiled(subject, options.compiled / name)
+        calls[f"{subject.compiled}, compiled"] = _compiled(
+            subject, options.compiled / f"{name}-{subject.compiled}"
+        )
     peers = Peers(options.peers, name) if options.peers else None
     if peers is not None:
         calls |= {f"{peer} (there)": call for peer, call in peers.calls().items()}

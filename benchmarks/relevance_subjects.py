@@ -22,7 +22,7 @@ from lamella.passes.relevance.request import Request
 from lamella.rules.relevance.presets import preset_of
 
 PRESETS = ("gradient", "cp", "attnlrp", "gamma")
-CONVOLUTIONAL = ("gradient", "eps-plus", "gamma", "alpha2-beta1")
+CONVOLUTIONAL = ("gradient", "attnlrp", "eps-plus", "gamma", "alpha2-beta1")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def images(name: str, model: nn.Module, pixels: Tensor, presets: tuple[str, ...]
         assert x.grad is not None
         return x.detach() * x.grad
 
-    compiled = "attnlrp" if "attnlrp" in presets else "gamma"
+    compiled = "gamma" if presets is CONVOLUTIONAL else "attnlrp"
     return Subject(name, graph, {graph.signature.inputs[0]: pixels}, gradient, presets, compiled)
 
 
