@@ -1,6 +1,6 @@
 """The memory that quantizing a model takes, for random Llamas of some widths and depths.
 
-    python -m benchmarks.quantize_memory [--cases 768x12 1024x24] [--record]
+    python -m benchmarks.quantize_memory [--cases 768x12 1024x31] [--record]
 
 Each case is a process of its own, which makes the model, captures it, and forgets how much memory
 that took (``/proc/self/clear_refs``, Linux). The peak is the most resident memory from there to
@@ -25,8 +25,8 @@ from lamella.data import Samples
 from lamella.passes.base import Analyses
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 
-CASES = ("768x3", "768x12", "1024x6", "1024x24")
-"""Width x blocks; 768x12 has 88 million weights, 1024x24 has 280."""
+CASES = ("768x3", "768x12", "1024x6", "1024x31")
+"""Width x blocks; 768x12 has 88 million weights, 1024x31 has 357."""
 
 ROWS, TOKENS, BATCHES = 4, 128, 2
 OPTIONS: dict[str, Any] = {
