@@ -14,7 +14,6 @@ import torch
 
 from benchmarks.decoders.candidate import STEPS, Call, Candidate, Sizes, prompt, token
 from lamella.backends.onnxruntime.session import Session
-from lamella.backends.onnxruntime.threads import physical_cores
 
 BUILDS = (
     *(("int4", 32, False), ("int4", 32, True), ("int4", 128, False), ("int4", 128, True)),
@@ -48,8 +47,9 @@ def run(name: str, folder: Path) -> Candidate:
     import onnxruntime_genai as genai
 
     config: Any = genai.Config(str(folder))
-    # Threads that wait busily after a call would slow whoever is timed next.
-    options = {"intra_op_num_threads": physical_cores(), "session.force_spinning_stop": "1"}
+    # Threads that wait busily after a call would slow whoever is timed next. Without a number of
+    # threads there is one for each core, and each on a core of its own.
+    options = {"session.force_spinning_stop": "1"}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
     model: Any = genai.Model(config)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,14 +292,39 @@ def test_threads_are_the_physical_cores_of_the_process(
     monkeypatch.setattr(threads, "_CGROUP", tmp_path / "none")
     monkeypatch.setattr(threads, "_allowed_cpus", lambda: {0, 1, 2, 3})
     assert threads.physical_cores() == 2
+    assert threads.worker_cpus(2) == (2,)
     monkeypatch.setattr(threads, "_allowed_cpus", lambda: {0, 1})
     assert threads.physical_cores() == 1
+    assert not threads.worker_cpus(1)
     monkeypatch.setattr(threads, "_allowed_cpus", lambda: {7, 8, 9})
     assert threads.physical_cores() == 3
+    assert threads.worker_cpus(3) == (8, 9)
+    # With cores to spare the system chooses.
+    assert not threads.worker_cpus(2)
     quota = tmp_path / "cpu.max"
     quota.write_text("150000 100000\n")
     monkeypatch.setattr(threads, "_CGROUP", quota)
     assert threads.physical_cores() == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="CPUs are chosen on Linux only")
+def test_every_worker_has_a_core_of_its_own(net: nn.Module, tmp_path: Path):
+    BACKEND.lower(graph_of(net)).save(tmp_path / "out")
+    before = {path.name for path in Path("/proc/self/task").iterdir()}
+    cores = threads.physical_cores()
+    session = Session(tmp_path / "out" / MODEL, threads=cores)
+    made = {path.name for path in Path("/proc/self/task").iterdir()} - before
+    wanted = [{cpu} for cpu in threads.worker_cpus(cores)]
+    assert session.threads == cores
+    # A thread goes to its core when it starts to run.
+    stop = time.monotonic() + 10
+    while places_of(made) != wanted and time.monotonic() < stop:
+        time.sleep(0.01)
+    assert not wanted or places_of(made) == wanted
+
+
+def places_of(tasks: set[str]) -> list[set[int]]:
+    return sorted((os.sched_getaffinity(int(task)) for task in tasks), key=min)
 
 
 @pytest.mark.parametrize("opset", [20, 24])

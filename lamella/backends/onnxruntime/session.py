@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lamella.backends.onnxruntime.packages import import_onnxruntime, installed_flavors
-from lamella.backends.onnxruntime.threads import physical_cores
+from lamella.backends.onnxruntime.threads import physical_cores, worker_cpus
 from lamella.errors import BackendError, ProviderError
 
 _log = logging.getLogger(__name__)
@@ -167,6 +167,10 @@ def _options(ort: Any, threads: int, optimized: Path | None) -> Any:
     # Threads may wait busily for the next operator, but not for the next call: between calls
     # the cores belong to whoever calls.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Counted from one.
+    places = ";".join(str(cpu + 1) for cpu in worker_cpus(threads))
+    if places:
+        options.add_session_config_entry("session.intra_op_thread_affinities", places)
     # Errors become exceptions, whose messages repeat what would be logged.
     options.log_severity_level = 4
     if optimized is not None:

@@ -1,4 +1,4 @@
-"""How many threads compute: the physical cores that this process may use."""
+"""How many threads compute, and where: the physical cores that this process may use."""
 
 from __future__ import annotations
 
@@ -19,6 +19,29 @@ def physical_cores() -> int:
     allowed = _allowed_cpus()
     cores = len({_core_of(cpu) for cpu in allowed})
     return max(1, min(cores, _quota(), len(allowed)))
+
+
+def worker_cpus(threads: int) -> tuple[int, ...]:
+    """A CPU for each thread beside the calling one, where the threads take all cores.
+
+    The system wakes a worker on the core of the caller as often as not, and leaves it there for
+    as long as a session lives: then one core does the work of two. As ONNX Runtime does when it
+    chooses the number of threads itself, each worker gets a core of its own; the first core is
+    left to the caller.
+
+    Args:
+        threads: That compute one operator, the caller among them.
+
+    Returns:
+        ``threads - 1`` CPUs; none where the system chooses, because there are more cores than
+        threads, or no way to say.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return ()
+    first: dict[tuple[str, str], int] = {}
+    for cpu in sorted(_allowed_cpus()):
+        first.setdefault(_core_of(cpu), cpu)
+    return tuple(first.values())[1:] if len(first) == threads else ()
 
 
 def _allowed_cpus() -> set[int]:
