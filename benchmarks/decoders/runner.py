@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.decoders.candidate import STEPS, Call, Candidate, Sizes, prompt, token
 from lamella.backends.onnxruntime.session import Session
+from lamella.backends.onnxruntime.threads import physical_cores, worker_cpus
 
 BUILDS = (
     *(("int4", 32, False), ("int4", 32, True), ("int4", 128, False), ("int4", 128, True)),
@@ -47,9 +48,15 @@ def run(name: str, folder: Path) -> Candidate:
     import onnxruntime_genai as genai
 
     config: Any = genai.Config(str(folder))
-    # Threads that wait busily after a call would slow whoever is timed next. Without a number of
-    # threads there is one for each core, and each on a core of its own.
-    options = {"session.force_spinning_stop": "1"}
+    # Threads that wait busily after a call would slow whoever is timed next, and workers on the
+    # core of the caller whom they work for.
+    threads = physical_cores()
+    places = ";".join(str(cpu + 1) for cpu in worker_cpus(threads))
+    options: dict[str, Any] = {
+        "intra_op_num_threads": threads,
+        "session.force_spinning_stop": "1",
+        "session.intra_op_thread_affinities": places,
+    }
     config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
     model: Any = genai.Model(config)
 
