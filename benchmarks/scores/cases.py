@@ -24,6 +24,9 @@ from lamella.passes.scores.target import loss_target
 SETS = 3
 """Disjoint sets of samples that every score is computed from."""
 
+SEQUENCES = 128
+"""In each set: what calibration usually takes."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -45,18 +48,19 @@ class Case:
 
 
 def vit() -> Case:
-    """The digits ViT: 64 images for each set, 200 to measure on."""
-    shown, hidden = digits("calibration")[0], digits("test")[0][:200]
-    count = len(shown) // SETS
-    seen = [[{"pixel_values": c} for c in part.split(16)] for part in _parts(shown, count, SETS)]
+    """The digits ViT: sets of calibration and training images, mixed, and 200 to measure on."""
+    shown = torch.cat([digits("calibration")[0], digits("train")[0]])[: SETS * SEQUENCES]
+    shown = shown[torch.randperm(len(shown), generator=torch.Generator().manual_seed(0))]
+    hidden = digits("test")[0][:200]
+    seen = [[{"pixel_values": c} for c in part.split(16)] for part in shown.split(SEQUENCES)]
     graph = lamella.capture(digits_vit(), seen[0][0])
     unseen = tuple({"pixel_values": image} for image in hidden.split(1))
-    return Case("vit", graph, tuple(map(Samples.of, seen)), count, unseen)
+    return Case("vit", graph, tuple(map(Samples.of, seen)), SEQUENCES, unseen)
 
 
 def minilm() -> Case:
-    """MiniLM: 32 sentences for each set, 96 others to measure on."""
-    source, count = api.read(Path(get_model_path())), 32
+    """MiniLM: sentences, and 96 others to measure on."""
+    source = api.read(Path(get_model_path()))
     names = source.graph.signature.inputs
     assert source.tokenizer is not None
 
@@ -64,23 +68,24 @@ def minilm() -> Case:
         given = source.tokenizer(texts, padding=True, return_tensors="pt")  # type: ignore[misc]
         return {name: given[name] for name in names}
 
-    texts = sentences(96 + SETS * count)
+    texts = sentences(96 + SETS * SEQUENCES)
     unseen = tuple(tokenized([text]) for text in texts[:96])
-    parts = [texts[96 + seed * count :][:count] for seed in range(SETS)]
-    seen = [Samples.of([tokenized(part[:16]), tokenized(part[16:])]) for part in parts]
-    return Case("minilm", source.graph, tuple(seen), count, unseen)
+    batches = [tokenized(texts[start:][:16]) for start in range(96, len(texts), 16)]
+    count = SEQUENCES // 16
+    seen = [Samples.of(batches[place * count :][:count]) for place in range(SETS)]
+    return Case("minilm", source.graph, tuple(seen), SEQUENCES, unseen)
 
 
 def language() -> Case:
-    """The language model: 16 rows of 128 tokens for each set, 24 rows of other files."""
-    folder, count = language_model(), 16
+    """The language model: rows of 128 tokens, and 24 rows of other files to measure on."""
+    folder = language_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    shown = windows(tokenizer, "calibration", 128, SETS * count)
+    shown = windows(tokenizer, "calibration", 128, SETS * SEQUENCES)
     hidden = windows(tokenizer, "test", 128, 24)
-    seen = [list(map(_rows, part.split(8))) for part in _parts(shown, count, SETS)]
+    seen = [list(map(_rows, part.split(8))) for part in shown.split(SEQUENCES)]
     graph = lamella.capture(folder, seen[0][0])
     return Case(
-        "lm", graph, tuple(map(Samples.of, seen)), count, tuple(map(_rows, hidden.split(1)))
+        "lm", graph, tuple(map(Samples.of, seen)), SEQUENCES, tuple(map(_rows, hidden.split(1)))
     )
 
 
@@ -96,10 +101,6 @@ def outputs(graph: Graph, batches: Sequence[Batch]) -> list[Tensor]:
     for _ in running.sweep(states):
         pass
     return [target.rows(values) for values in states]
-
-
-def _parts(rows: Tensor, count: int, sets: int) -> list[Tensor]:
-    return [rows[place * count :][:count] for place in range(sets)]
 
 
 def _rows(tokens: Tensor) -> Batch:
