@@ -29,6 +29,7 @@ from lamella.passes.relevance.seeds import (
 )
 from lamella.rewrite.canonicalize import canonicalize
 from lamella.rules.relevance.contraction import epsilon, linear
+from lamella.rules.relevance.elementwise import stabilized_activations
 from lamella.rules.relevance.presets import CP, GRADIENT, PRESETS, Preset, gamma, preset_of
 from lamella.rules.table import RuleTable
 
@@ -163,6 +164,17 @@ def test_a_user_gives_rules_and_chooses_them_by_place():
     stable = CP.table.override({aten.linear.default: epsilon(linear, 1e9)})
     gone = emit(graph, Preset("absorbs", stable)).graph(x=X, seed=seed)["relevance.x"]
     assert float(gone.abs().max()) < 1e-6
+
+
+def test_activations_divide_with_a_stabilizer_where_it_is_asked_for():
+    x = torch.linspace(-2.0, 2.0, 7, dtype=torch.float64)[None]
+    functions = (nn.GELU(), nn.SiLU(), nn.Tanh(), nn.Mish(), nn.ReLU(), nn.Hardswish(), nn.ELU())
+    for function in functions:
+        graph = graph_of(function, x)
+        preset = CP.where(stabilized_activations(0.1))
+        got = emit(graph, preset).graph(x=x, seed=torch.ones_like(x))["relevance.x"]
+        # One quotient and one product in float64.
+        torch.testing.assert_close(got, x * function(x) / (x + 0.1), rtol=1e-12, atol=1e-14)
 
 
 def test_an_operator_of_the_user_is_added_to_the_table():

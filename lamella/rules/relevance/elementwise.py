@@ -9,10 +9,24 @@ from typing import Any
 
 from lamella.ir.ops import aten, lam
 from lamella.rules.relevance.broadcast import ratio, sum_to, times
-from lamella.rules.relevance.rule import Coefficients, Rule, nothing
+from lamella.rules.relevance.rule import Coefficients, Place, Rule, nothing
 from lamella.rules.relevance.slopes import SLOPES, Slope
 
 Target = Callable[..., Any]
+
+_ACTIVATIONS = frozenset(
+    {
+        aten.relu.default,
+        aten.gelu.default,
+        aten.silu.default,
+        aten.mish.default,
+        aten.hardswish.default,
+        aten.tanh.default,
+        aten.elu.default,
+        aten.leaky_relu.default,
+    }
+)
+"""Activations of layers; all are zero at zero."""
 
 
 def by_slope(slope: Slope) -> Rule:
@@ -22,6 +36,23 @@ def by_slope(slope: Slope) -> Rule:
         return (coefficient * slope(output, first, *rest), *(None,) * len(rest))
 
     return rule
+
+
+def stabilized_activations(epsilon: float) -> Callable[[Place], Rule | None]:
+    """Activations by ``y / (x + epsilon)``, as choices by place for `Preset.where`.
+
+    Our secants are exact and need no stabilizer; published code divides with one, and its figures
+    are reproduced with the same: in float64 `epsilon` is seen near zeros of `x`, relative to
+    ``epsilon / |x|``.
+
+    Args:
+        epsilon: Added to the input, whatever its sign.
+
+    References:
+        [Achtibat2024], equation 9.
+    """
+    rule = by_slope(lambda y, x, *_: y / (x + epsilon))
+    return lambda place: rule if place.node.target in _ACTIVATIONS else None
 
 
 def relu(coefficient: Any, output: Any, self: Any) -> Coefficients:
