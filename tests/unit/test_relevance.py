@@ -166,11 +166,20 @@ def test_a_user_gives_rules_and_chooses_them_by_place():
     assert float(gone.abs().max()) < 1e-6
 
 
+class Applied(nn.Module):
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def test_activations_divide_with_a_stabilizer_where_it_is_asked_for():
     x = torch.linspace(-2.0, 2.0, 7, dtype=torch.float64)[None]
     functions = (nn.GELU(), nn.SiLU(), nn.Tanh(), nn.Mish(), nn.ReLU(), nn.Hardswish(), nn.ELU())
     for function in functions:
-        graph = graph_of(function, x)
+        graph = graph_of(Applied(function), x)
         preset = CP.where(stabilized_activations(0.1))
         got = emit(graph, preset).graph(x=x, seed=torch.ones_like(x))["relevance.x"]
         # One quotient and one product in float64.
