@@ -308,3 +308,24 @@ def test_weights_that_read_one_value_share_a_factor(monkeypatch):
     for part in weight.split(8):
         QuantEase().round(part, Format(4), inputs)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Gptq(), QuantEase(), QuantEase(outliers=0.05)],
+    ids=["gptq", "quantease", "outliers"],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_that_are_rounded_apart_are_those_of_the_whole_weight(monkeypatch, method, symmetric):
+    weight, gram = weight_and_gram(8)
+    format = Format(4, 32, symmetric)
+    whole = method.round(weight, format, InputGram(gram, 400)).tensors()
+    monkeypatch.setattr("lamella.passes.rounding.base.AT_ONCE", 1)
+    monkeypatch.setattr("lamella.passes.rounding.base.ROWS", 10)
+    # 24 rows as 10, 10 and 4. In float64 no entry lies so near to the middle of two codes that
+    # the order of a sum decides.
+    apart = method.round(weight, format, InputGram(gram, 400))
+    assert apart.codes is not None and apart.codes.shape == (24, 96)
+    for name, value in apart.tensors().items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-12)
+    assert set(apart.tensors()) == set(whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -88,6 +88,44 @@ def rounded_of(tensors: Mapping[str, Tensor], format: Format, shape: tuple[int, 
         int(tensors["stored_bytes"]),
         float(tensors["damping"]),
     )
+
+
+AT_ONCE = 1 << 22
+"""Entries of a weight that are rounded at once where rows don't know of each other: the buffers of
+a head, the largest weight of many models, would be larger than a block."""
+
+ROWS = 1024
+"""Fewer rows at once take longer: each column has costs of its own."""
+
+
+def in_parts(weight: Tensor, round: Callable[[Tensor], Rounded]) -> Rounded:
+    """Round some rows after the other, and put them together.
+
+    Args:
+        weight: ``[out, in]``.
+        round: Of some rows; which columns are kept exactly must not hang on the rows.
+    """
+    rows = max(ROWS, AT_ONCE // max(1, weight.shape[1]))
+    return joined([round(part) for part in weight.split(rows)])
+
+
+def joined(parts: Sequence[Rounded]) -> Rounded:
+    """Rows that were rounded apart, as one weight; the first says which columns are exact."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    codes = [part.codes for part in parts if part.codes is not None]
+    exact = [part.exact for part in parts if part.exact is not None]
+    zeros = [one.zero_points for one in codes if one.zero_points is not None]
+    whole = Quantized(
+        torch.cat([one.packed for one in codes]),
+        torch.cat([one.scales for one in codes]),
+        torch.cat(zeros) if zeros else None,
+        codes[0].format,
+        (sum(one.shape[0] for one in codes), codes[0].shape[1]),
+    )
+    kept = torch.cat(exact) if exact else None
+    return Rounded(whole, None, first.columns, kept, damping=first.damping)
 
 
 class Rounding(abc.ABC):

@@ -257,7 +257,8 @@ class Chain:
         results: dict[str, Rounded] = {}
         for format, sites in self._alike(group.sites):
             weights = [self._graph.weight(site.node).detach().float() for site in sites]
-            result = self._rounding.round(torch.cat(weights), format, gram)
+            whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+            result = self._rounding.round(whole, format, gram)
             start = 0
             for site in sites:
                 results[site.weight] = result.rows(start, start + site.shape[0])

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lamella.ir.quantize import Format, quantize
-from lamella.passes.rounding.base import Rounded, Rounding
+from lamella.passes.rounding.base import Rounded, Rounding, in_parts
 from lamella.passes.rounding.feedback import fed_back
 from lamella.passes.rounding.gram import InputGram
 from lamella.passes.rounding.grid import Grid
@@ -61,6 +61,9 @@ class Gptq(Rounding):
 
     def round(self, weight: Tensor, format: Format, inputs: InputGram) -> Rounded:
         """To nearest, with infinite damping in the result, if the matrix can't be factored."""
+        return in_parts(weight, lambda rows: self._rows(rows, format, inputs))
+
+    def _rows(self, weight: Tensor, format: Format, inputs: InputGram) -> Rounded:
         grid = Grid.searched(weight, format, inputs.diagonal)
         found = self.on_grid(weight, grid, inputs)
         if found is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamella.ir.quantize import Format, quantize
-from lamella.passes.rounding.base import Rounded, Rounding
+from lamella.passes.rounding.base import Rounded, Rounding, in_parts
 from lamella.passes.rounding.feedback import descended
 from lamella.passes.rounding.gptq import Columns, Gptq
 from lamella.passes.rounding.gram import InputGram
@@ -53,6 +53,11 @@ class QuantEase(Rounding):
     def round(self, weight: Tensor, format: Format, inputs: InputGram) -> Rounded:
         """To nearest, with infinite damping in the result, if the matrix can't be factored."""
         columns = self._columns(weight, format, inputs)
+        return in_parts(weight, lambda rows: self._rows(rows, format, inputs, columns))
+
+    def _rows(
+        self, weight: Tensor, format: Format, inputs: InputGram, columns: Tensor | None
+    ) -> Rounded:
         free = None
         if columns is not None:
             free = torch.zeros(weight.shape[1], dtype=torch.bool)
