@@ -1,6 +1,6 @@
 """Scores for compression beside the measured loss of each single change.
 
-``python -m benchmarks.scores [--models vit minilm lm] [--parts bits integers plans drops]
+``python -m benchmarks.scores [--models vit minilm lm] [--parts bits equal integers plans drops]
 [--record]``: every weight in 2, 4 and 8 bits, every branch and every block that can go, on the
 trained models.
 Losses and scores are kept on disk: a run that was stopped goes on, and a second one only judges.
@@ -12,10 +12,10 @@ import argparse
 import logging
 
 from benchmarks.record import Result
-from benchmarks.scores import bits, drops, integers, plans
+from benchmarks.scores import bits, drops, equal, integers, plans
 from benchmarks.scores.cases import CASES
 
-PARTS = ("bits", "integers", "plans", "drops")
+PARTS = ("bits", "equal", "integers", "plans", "drops")
 
 
 def main() -> None:
@@ -31,6 +31,8 @@ def main() -> None:
     results: list[Result] = []
     if "bits" in options.parts:
         results += [bits.table(case, options.only) for case in cases]
+    if "equal" in options.parts:
+        results.append(equal.table(cases))
     if "integers" in options.parts:
         results.append(integers.table(cases))
     if "drops" in options.parts:

@@ -28,7 +28,7 @@ SEQUENCES = 128
 """In each set: what calibration usually takes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A trained model with samples for the scores, and others to measure on.
 
@@ -90,6 +90,24 @@ def language() -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {"vit": vit, "minilm": minilm, "lm": language}
+
+
+def first(case: Case, count: int, seed: int) -> Samples:
+    """Exactly so many sequences: of the set of a seed, and then of the sets after it.
+
+    Args:
+        case: The model.
+        count: How many.
+        seed: Of the set.
+    """
+    order = [case.seen[(seed + place) % len(case.seen)] for place in range(len(case.seen))]
+    batches: list[Batch] = []
+    for batch in (batch for samples in order for batch in samples):
+        if count <= 0:
+            break
+        batches.append({name: value[:count] for name, value in batch.items()})
+        count -= len(next(iter(batch.values())))
+    return Samples.of(batches)
 
 
 def outputs(graph: Graph, batches: Sequence[Batch]) -> list[Tensor]:

@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 
 from benchmarks.record import Result
-from benchmarks.scores.bits import Judge, builders, found_of
+from benchmarks.scores.bits import Judge, builders
 from benchmarks.scores.cases import Case
+from benchmarks.scores.found import Run, found_of
 from benchmarks.scores.judged import Table, drawn, interval
 from benchmarks.scores.truth import plan_losses
 from lamella.faithfulness import Interval
@@ -52,9 +53,9 @@ def table(cases: Sequence[Case]) -> Result:
 
 
 def _rows(judge: Judge) -> Iterator[tuple[object, ...]]:
-    build = builders(judge.case)
+    build = builders()
     scores: dict[str, Table] = {
-        name: found_of(judge.case, build[name](0), 0).losses for name in SCORES
+        name: found_of(Run.of(judge.case, build[name](0), 0)).losses for name in SCORES
     }
     scores[MEASURED] = judge.truth.as_table()
     for budget in BUDGETS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,17 +14,15 @@ T = TypeVar("T")
 aten = torch.ops.aten
 
 
-BESIDE = 2
-"""Forward runs before and after a score that is timed."""
+ENOUGH = 0.5
+"""Seconds of forward runs, at least, before and after a score that is timed."""
 
 
-def counted(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float]:
-    """What `run` gives, and its products over those of `forward`; counting takes time."""
+def products(run: Callable[[], T]) -> tuple[T, float]:
+    """What `run` gives, and its products of matrices in FLOPs; counting takes time."""
     with _Counter() as counter:
-        forward()
-        whole = counter.flops
         found = run()
-    return found, (counter.flops - whole) / whole
+    return found, counter.flops
 
 
 def timed(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float]:
@@ -34,19 +31,20 @@ def timed(run: Callable[[], T], forward: Callable[[], object]) -> tuple[T, float
     Times are of one core, whoever else uses the machine, and those of `forward` are taken
     just before and after: the same load makes both slower.
     """
-    forward()
-    beside = [_seconds(forward) for _ in range(BESIDE)]
+    before = _seconds(forward)
     started = time.process_time()
     found = run()
     taken = time.process_time() - started
-    beside += [_seconds(forward) for _ in range(BESIDE)]
-    return found, taken / statistics.median(beside)
+    return found, 2.0 * taken / (before + _seconds(forward))
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    started = time.process_time()
-    run()
-    return time.process_time() - started
+    """The mean of as many runs as take `ENOUGH`."""
+    started, runs = time.process_time(), 0
+    while runs == 0 or time.process_time() - started < ENOUGH:
+        run()
+        runs += 1
+    return (time.process_time() - started) / runs
 
 
 class _Counter(TorchDispatchMode):
