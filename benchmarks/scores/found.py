@@ -22,6 +22,7 @@ from benchmarks.zoo.cache import ROOT
 from lamella.ir.quantize import Format
 from lamella.passes.base import Analyses
 from lamella.passes.scores import BitScore, BitScoreReport
+from lamella.passes.scores.error import WeightError
 
 FORMATS = tuple(Format(bits, 64) for bits in (2, 4, 8))
 
@@ -111,16 +112,27 @@ def _measured(run: Run, known: dict[str, Any], *, count: bool, time: bool) -> di
     def fresh() -> BitScoreReport:
         return Analyses(run.case.graph, samples).get(run.score)
 
+    def untimed() -> BitScoreReport:
+        analyses = Analyses(run.case.graph, samples)
+        analyses.supply(WeightError(FORMATS), _errors(run.case))
+        return analyses.get(run.score)
+
     found = {"products": None, "times": None, **known}
     report = None
-    if count and found["products"] is None:
-        report, flops = products(fresh)
-        found["products"] = flops / _products_of_forward(run.case)
     if time and found["times"] is None:
         report, found["times"] = timed(fresh, functools.partial(_forward, run.case))
-    losses = (report or fresh()).losses
+    if count and found["products"] is None:
+        report, flops = products(untimed)
+        found["products"] = flops / _products_of_forward(run.case)
+    losses = (report or untimed()).losses
     found["losses"] = {name: [row[f] for f in FORMATS] for name, row in losses.items()}
     return found
+
+
+@functools.cache
+def _errors(case: Case) -> BitScoreReport:
+    """The errors of rounding, which many scores multiply something with."""
+    return Analyses(case.graph).get(WeightError(FORMATS))
 
 
 @functools.cache
