@@ -97,9 +97,7 @@ def found_of(run: Run, *, count: bool = False, time: bool = False) -> Found:
     known = json.loads(path.read_text()) if path.exists() else {}
     if not known or (count and known["products"] is None) or (time and known["times"] is None):
         known = _measured(run, known, count=count, time=time)
-        aside = path.with_suffix(".aside")
-        aside.write_text(json.dumps(known))
-        aside.replace(path)
+        keep(path, known)
     losses = {
         name: dict(zip(FORMATS, values, strict=True)) for name, values in known["losses"].items()
     }
@@ -123,7 +121,7 @@ def _measured(run: Run, known: dict[str, Any], *, count: bool, time: bool) -> di
         report, found["times"] = timed(fresh, functools.partial(_forward, run.case))
     if count and found["products"] is None:
         report, flops = products(untimed)
-        found["products"] = flops / _products_of_forward(run.case)
+        found["products"] = flops / products_of_forward(run.case)
     losses = (report or untimed()).losses
     found["losses"] = {name: [row[f] for f in FORMATS] for name, row in losses.items()}
     return found
@@ -136,7 +134,8 @@ def _errors(case: Case) -> BitScoreReport:
 
 
 @functools.cache
-def _products_of_forward(case: Case) -> float:
+def products_of_forward(case: Case) -> float:
+    """Of a whole set, in FLOPs: the unit that costs are told in."""
     return products(functools.partial(_forward, case))[1]
 
 
@@ -148,9 +147,20 @@ def _path(run: Run) -> Path:
     """Where a run is kept: the options, how the score is computed, and what from."""
     digest = first(run.case, run.count, run.seed).digest if run.count else "no data"
     key = hashlib.sha256("|".join([repr(run.score), digest, KEPT]).encode())
-    for source in sorted(set(_sources(sys.modules[type(run.score).__module__]))):
-        key.update(source.encode())
+    key.update(source_of(type(run.score)))
     return ROOT.parent / "scores" / f"{run.case.name}-{run.score.name}-{key.hexdigest()[:16]}.json"
+
+
+def keep(path: Path, data: object) -> None:
+    """Write a whole file or none."""
+    aside = path.with_suffix(".aside")
+    aside.write_text(json.dumps(data))
+    aside.replace(path)
+
+
+def source_of(score: type) -> bytes:
+    """The sources of the module of a score and of those that it is built on."""
+    return "".join(sorted(set(_sources(sys.modules[score.__module__])))).encode()
 
 
 def _sources(module: ModuleType) -> Iterator[str]:
