@@ -94,7 +94,7 @@ def table(level: Level, cases: Sequence[Case], found: Sequence[Mapping[str, Row]
             "one) and [95 % of sets and of unseen sequences drawn with replacement].",
             f"products: of matrices, in forward runs of {SEQUENCES} sequences. Relevance, scores "
             "that are computed again after each drop and measured losses see as many sequences "
-            f"as cost {FORWARDS:g}; lim and similarity take one run.",
+            f"as cost {FORWARDS:g}, at most {SEQUENCES}.",
             "kl on samples: the measured loss without each part; greedy measures again after each "
             "drop, without every part that is left.",
         ),

@@ -26,6 +26,9 @@ from lamella.passes.scores.error import WeightError
 
 FORMATS = tuple(Format(bits, 64) for bits in (2, 4, 8))
 
+TIMED = 2
+"""Batches of a forward run that is timed: its time is told for a whole set, by products."""
+
 KEPT = "losses, products, times"
 """What files hold; those with something else are not read."""
 
@@ -71,7 +74,8 @@ class Found:
     Attributes:
         losses: Weight -> format -> score.
         products: Products of matrices in forward runs of a whole set, or None.
-        times: Time of one core in those of such forward runs just before and after, or None.
+        times: Time of one core in that of such a forward run, from those of two batches just
+            before and after; or None.
     """
 
     losses: Table
@@ -118,7 +122,9 @@ def _measured(run: Run, known: dict[str, Any], *, count: bool, time: bool) -> di
     found = {"products": None, "times": None, **known}
     report = None
     if time and found["times"] is None:
-        report, found["times"] = timed(fresh, functools.partial(_forward, run.case))
+        part = products(functools.partial(_forward, run.case, TIMED))[1]
+        report, times = timed(fresh, functools.partial(_forward, run.case, TIMED))
+        found["times"] = times * part / products_of_forward(run.case)
     if count and found["products"] is None:
         report, flops = products(untimed)
         found["products"] = flops / products_of_forward(run.case)
@@ -139,8 +145,8 @@ def products_of_forward(case: Case) -> float:
     return products(functools.partial(_forward, case))[1]
 
 
-def _forward(case: Case) -> object:
-    return outputs(case.graph, case.seen[0].batches)
+def _forward(case: Case, batches: int | None = None) -> object:
+    return outputs(case.graph, case.seen[0].batches[:batches])
 
 
 def _path(run: Run) -> Path:
