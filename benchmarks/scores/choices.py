@@ -98,12 +98,14 @@ class Method:
         sequences: How many it sees; None means as many as `FORWARDS` pay for, 0 needs none.
         probe: Sequences that its cost is first counted on.
         seeds: How often it is run.
+        by: The score that it builds on.
     """
 
     pick: Callable[[Parts, int, int], Picked] = field(repr=False)
     sequences: int | None = None
     probe: int = 8
     seeds: int = SETS
+    by: type[Score] = LimScore
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,16 @@ def methods() -> dict[str, Method]:
         "lim": Method(_registered("lim"), SEQUENCES),
         "lim, all sequences": Method(_registered("lim"), SETS * SEQUENCES, seeds=1),
         "similarity": Method(_registered("similarity"), SEQUENCES),
-        "relevance": Method(_relevance("cp", "drawn")),
+        "relevance": Method(_relevance("cp", "drawn"), by=RelevanceScore),
     }
     for preset, start in (("gradient", "drawn"), ("attnlrp", "drawn"), ("gradient", "logit")):
-        found[f"relevance preset={preset} start={start}"] = Method(_relevance(preset, start))
+        found[f"relevance preset={preset} start={start}"] = Method(
+            _relevance(preset, start), by=RelevanceScore
+        )
     found |= {name: Method(_registered(name), 0, seeds=1) for name in ("zd", "size")}
     found["random"] = Method(_registered("random"), 0, seeds=RANDOM_SEEDS)
     found["lim, again after each drop"] = Method(_again(_lim))
-    found["relevance, again after each drop"] = Method(_again(_cp))
+    found["relevance, again after each drop"] = Method(_again(_cp), by=RelevanceScore)
     found["kl on samples, each part alone"] = Method(_measured, probe=1)
     found["kl on samples, greedy"] = Method(_greedy, probe=1)
     found[f"kl on samples, greedy, {GREEDY} sequences"] = Method(_greedy, GREEDY, seeds=1)
@@ -156,8 +160,7 @@ def _kept(parts: Parts, label: str, method: Method, count: int, seed: int) -> Ch
     """What a method drops, or dropped before."""
     name, seen = parts.case.name, first(parts.case, count or 1, seed).digest
     key = hashlib.sha256(f"{label}|{count}|{seed}|{seen}|{parts.names}|{parts.counts}".encode())
-    for kind in (RelevanceScore, LimScore):
-        key.update(source_of(kind))
+    key.update(source_of(method.by))
     path = ROOT.parent / "scores" / f"{name}-{parts.level}-{key.hexdigest()[:16]}.json"
     if not path.exists():
         picked, flops = products(lambda: method.pick(parts, count, seed))
