@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import lamella
 from lamella.data import Samples
 from lamella.errors import BudgetError
 from lamella.ir.graph import Graph
 from lamella.ir.quantize import Format, weight_bytes
 from lamella.passes.allocation import anchoring
 from lamella.passes.allocation.budget import Budget, Model
-from lamella.passes.allocation.choices import formats_of
+from lamella.passes.allocation.choices import Menu, formats_of
 from lamella.passes.allocation.knapsack import Option, cheapest, solve
 from lamella.passes.base import Analyses
 from lamella.passes.scores import bit_score
@@ -306,6 +307,20 @@ def test_blocks_to_choose_from_never_lose_more_than_one(
         found.append(graph.plan_made.origin.predicted or 0.0)
     # The formats of the second are among those of the first, and sums are rounded alike.
     assert found[0] <= found[1] * (1 + 1e-12)
+
+
+def test_a_block_that_would_be_padded_is_left_out_where_another_fits() -> None:
+    layers = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((192, 96), (96, 100))))
+    model = torch.nn.Sequential(layers, torch.nn.Linear(100, 192))
+    graph = lamella.capture(model, {"input": torch.zeros(2, 192)})
+    sites = {site.shape[1]: site for site in find_sites(graph)}
+    menu = Menu(formats_of((2, "2/64z", "4/128", "4/64"), None, True, "float16"))
+    allowed = {inputs: set(map(str, menu.allowed((site,)))) for inputs, site in sites.items()}
+    assert allowed == {
+        192: {"2 bits/64", "2 bits/32", "2 bits/64 with zeros", "4 bits/64"},
+        96: {"2 bits/32", "2 bits/64 with zeros", "4 bits/128", "4 bits/64"},
+        100: set(map(str, menu.formats)),
+    }
 
 
 class _Constant:

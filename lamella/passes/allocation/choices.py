@@ -20,6 +20,9 @@ _ROW = (1, 4096)
 class Menu:
     """What every weight may be stored in.
 
+    A block that does not divide the inputs of a weight is padded, and some checkpoint formats do
+    not hold it: a weight gets one only where no other block of that width is among the formats.
+
     Attributes:
         formats: The narrowest first; of one width the smaller first.
         floors: Role -> a weight with it never gets fewer bits.
@@ -35,7 +38,10 @@ class Menu:
         floor = max(
             max(self.floors.get(site.role, 0), self.frozen.get(site.weight, 0)) for site in group
         )
-        return tuple(f for f in self.formats if f.bits >= floor) or self.formats[-1:]
+        wide = tuple(f for f in self.formats if f.bits >= floor) or self.formats[-1:]
+        whole = {f for f in wide if all(site.shape[1] % f.block == 0 for site in group)}
+        filled = {(f.bits, f.symmetric) for f in whole}
+        return tuple(f for f in wide if f in whole or (f.bits, f.symmetric) not in filled)
 
 
 def formats_of(
