@@ -1,18 +1,29 @@
 """The memory that quantizing a model takes, for random Llamas of some widths and depths.
 
-    python -m benchmarks.quantize_memory [--cases 768x12 1024x31] [--record]
+    python -m benchmarks.quantize_memory [--cases 768x12 1024x31] [--runs 3] [--anew] [--record]
 
-Each case is a process of its own, which makes the model, captures it, and forgets how much memory
+Each run is a process of its own, which makes the model, captures it, and forgets how much memory
 that took (``/proc/self/clear_refs``, Linux). The peak is the most resident memory from there to
-the end of the quantization, beyond what was resident before: codes of all blocks pile up in it,
-and the dense weights, which the caller holds, do not.
+the end of the quantization, beyond what was resident before and the codes of all blocks, which
+the result holds. Runs pile up in a file, and the table has all of them. Resident memory is what
+is in use, and what the allocator of the C library has not given back: pieces of up to 32 MB are
+kept for later, as many as happen to lie below others.
+Therefore half of the runs have ``MALLOC_MMAP_THRESHOLD_``, with which every tensor of more than
+64 kB is given back when it is freed: the peak is then the memory in use.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import os
+import statistics
 import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +39,17 @@ from lamella.passes.transforms.quantize_weights import QuantizeWeights
 CASES = ("768x3", "768x12", "1024x6", "1024x31")
 """Width x blocks; 768x12 has 88 million weights, 1024x31 has 357."""
 
+KEPT = Path(".cache/quantize_memory.json")
+BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+KEPT = Path(".cache/quantize_memory.json")
+BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 ROWS, TOKENS, BATCHES = 4, 128, 2
 OPTIONS: dict[str, Any] = {
     "bits": 4,
     "min_size": 0,
     "method": "quantease",
     "refits": 1,
-    "sweeps": 2,
+    "sweeps": 1,
 }
 """Every step of the method once or twice: more of them take time, and no memory."""
 
@@ -54,8 +69,25 @@ def llama(width: int, blocks: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def measure(case: str, options: dict[str, Any]) -> list[Any]:
-    """One row of the table; for a process of its own."""
+@dataclass(frozen=True)
+class Measured:
+    """What one run took, in millions of weights, MB and seconds.
+
+    Attributes:
+        weights: Of the model.
+        codes: With scales, of all blocks.
+        peak: Beyond the loaded model and the codes.
+        seconds: Of the quantization.
+    """
+
+    weights: float
+    codes: float
+    peak: float
+    seconds: float
+
+
+def measure(case: str, options: dict[str, Any]) -> Measured:
+    """For a process of its own."""
     width, blocks = map(int, case.split("x"))
     model = llama(width, blocks)
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -70,15 +102,44 @@ def measure(case: str, options: dict[str, Any]) -> list[Any]:
     names = ("_packed", "_scales", "_zeros")
     stored = [graph.weight(n) for n in graph.weight_nodes() if str(n.target).endswith(names)]
     codes = sum(tensor.nbytes for tensor in stored) / 1e6
+    return Measured(weights / 1e6, codes, peak - codes, seconds)
+
+
+def run(case: str, *, gives_back: bool) -> Measured:
+    """One process."""
+    environment = BACK if gives_back else {}
+    with _environment(environment), multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (case, OPTIONS))
+
+
+def row(case: str, back: Sequence[Measured], kept: Sequence[Measured]) -> list[Any]:
+    """One row of the table, from runs that give memory back and others."""
+    width, blocks = case.split("x")
     return [
         f"{width} wide, {blocks} blocks",
-        round(weights / 1e6),
-        round(4 * weights / 1e6),
-        round(codes),
-        round(peak),
-        round(peak - codes),
-        round(seconds),
+        round(back[0].weights),
+        round(4 * back[0].weights),
+        round(back[0].codes),
+        _median([one.peak for one in back]),
+        _median([one.peak for one in kept]),
+        round(statistics.median(one.seconds for one in kept)),
     ]
+
+
+def _median(values: list[float]) -> str:
+    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
+
+
+@contextmanager
+def _environment(given: dict[str, str]) -> Generator[None]:
+    """Variables for processes that start meanwhile; the C library reads them when one starts."""
+    before = dict(os.environ)
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _status(field: str) -> float:
@@ -93,15 +154,28 @@ def main() -> None:
     """Measure each case in a process of its own; show or record the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", default=list(CASES), metavar="WIDTHxBLOCKS")
+    parser.add_argument("--runs", type=int, default=3, help="of each kind")
     parser.add_argument("--record", action="store_true", help="write the table of results")
+    parser.add_argument("--anew", action="store_true", help="forget the runs of before")
     options = parser.parse_args()
-    rows: list[list[Any]] = []
-    for case in options.cases:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(measure, (case, OPTIONS)))
-        print(*rows[-1], flush=True)
+    found: dict[str, list[dict[str, float]]] = {}
+    if KEPT.exists() and not options.anew:
+        found = json.loads(KEPT.read_text())
+    for case, gives_back in product(options.cases, [True, False] * options.runs):
+        one = run(case, gives_back=gives_back)
+        found.setdefault(f"{case} {gives_back}", []).append(asdict(one))
+        KEPT.write_text(json.dumps(found))
+        print(case, gives_back, one, flush=True)
+    result = table({name: [Measured(**one) for one in several] for name, several in found.items()})
+    result.publish() if options.record else result.show()
+
+
+def table(runs: Mapping[str, Sequence[Measured]]) -> Result:
+    """All cases that ran in both ways."""
+    pairs = [(case, runs.get(f"{case} True"), runs.get(f"{case} False")) for case in CASES]
+    fewest = min(map(len, runs.values()))
     listed = " ".join(f"{name}={value}" for name, value in OPTIONS.items())
-    result = Result(
+    return Result(
         name="quantize_memory",
         title="Memory of quantizing random Llamas, MB",
         columns=(
@@ -109,19 +183,21 @@ def main() -> None:
             "million weights",
             "dense weights",
             "codes",
-            "peak beyond the loaded model",
-            "of it not codes",
+            "peak in use beyond model and codes",
+            "the same, with what the allocator keeps",
             "seconds",
         ),
-        rows=rows,
+        rows=[row(case, back, kept) for case, back, kept in pairs if back and kept],
         notes=(
             f"quantize-weights {listed}; {BATCHES} samples of {ROWS} x {TOKENS} tokens. Most "
             "resident memory of the process while it quantizes, less that of the process with the "
-            "model loaded. The embedding and the head are quantized too.",
-            "Each case ran once; seconds are beside other work.",
+            "model loaded, less the codes. The embedding and the head (8192 rows) are quantized "
+            "too.",
+            f"Medians over processes (least-most), {fewest} or more. In use: with "
+            "MALLOC_MMAP_THRESHOLD_=65536, with which freed tensors go back at once; beside it as "
+            "the C library does it by default. Seconds are beside other work.",
         ),
     )
-    result.publish() if options.record else result.show()
 
 
 if __name__ == "__main__":

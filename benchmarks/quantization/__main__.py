@@ -49,14 +49,11 @@ def main() -> None:
     logging.getLogger("lamella").setLevel(logging.WARNING)
     for name in options.case:
         judge, kept = Judge(CASES[name]()), KEPT / f"{name}.pt"
-        found = torch.load(kept) if kept.is_file() else {}
         for allocator in options.allocators:
-            found[allocator] = measured(judge, allocator, options.budgets)
-            save(found, kept)
+            keep(allocator, measured(judge, allocator, options.budgets), kept)
         for tool, losses in peers(judge, options):
-            found[tool] = losses
-            save(found, kept)
-        publish(judge, found, options.budgets)
+            keep(tool, losses, kept)
+        publish(judge, torch.load(kept), options.budgets)
 
 
 def peers(judge: Judge, options: argparse.Namespace) -> Iterator[tuple[str, list[Tensor | None]]]:
@@ -74,10 +71,11 @@ def peers(judge: Judge, options: argparse.Namespace) -> Iterator[tuple[str, list
             yield builder_peer.NAME, best_of(judge, builder_peer.NAME, runs, options.budgets)
 
 
-def save(found: dict[str, list[Tensor | None]], path: Path) -> None:
-    """Keep what was measured, so that allocators can be measured one by one."""
+def keep(name: str, losses: list[Tensor | None], path: Path) -> None:
+    """Put a row among those that are kept, so that they can be measured one by one."""
+    found = torch.load(path) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(found, path)
+    torch.save({**found, name: losses}, path)
 
 
 def measured(judge: Judge, allocator: str, budgets: Sequence[float]) -> list[Tensor | None]:
