@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
 from lamella.errors import GraphError
+from lamella.ir.graph import Graph
 from lamella.ir.reach import data_inputs
 from lamella.ir.stream import Sublayer
-
-if TYPE_CHECKING:
-    from lamella.ir.graph import Graph
 
 
 def bypass(graph: Graph, sublayers: Iterable[Sublayer]) -> None:

@@ -26,7 +26,7 @@ from lamella.ir.signature import Signature
 from lamella.ir.storage import set_tensor, tensor_at
 from lamella.ir.stream import Block, Stream, find_stream
 from lamella.ir.streaming import Streaming
-from lamella.ir.text import text_of
+from lamella.ir.text import Listing, text_of
 from lamella.ir.torch_private import FakeTensorMode
 from lamella.ir.weights import Origin, WeightSource, not_loaded
 
@@ -105,7 +105,7 @@ class Graph:
     def stream(self) -> Stream:
         """The residual stream; found again after an edit."""
         if self._stream is None or self._stream[0] != self._edits:
-            self._stream = (self._edits, find_stream(self))
+            self._stream = (self._edits, find_stream(self.nodes))
         return self._stream[1]
 
     @property
@@ -177,7 +177,7 @@ class Graph:
     def set_weight(self, node: Node, value: Tensor) -> None:
         """Replace the weight that `node` reads; every reader of the weight sees the new value."""
         name = self._weight_name(node)
-        self._store(name, value.detach())
+        set_tensor(self._module, name, value.detach())
         node.meta["val"] = self._fake(value.detach())
         self._touch("set_weight", node)
 
@@ -189,7 +189,7 @@ class Graph:
         """
         if tensor_at(self._module, name) is not None:
             raise GraphError(f"a weight called {name!r} exists already")
-        self._store(name, value.detach())
+        set_tensor(self._module, name, value.detach())
         graph = self._module.graph
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
@@ -428,7 +428,8 @@ class Graph:
         self._touch("restore")
 
     def __str__(self) -> str:
-        return text_of(self)
+        name, outputs = self.origin.architecture or "graph", self.signature.outputs
+        return text_of(Listing(name, outputs, self.weight_bytes(), self.nodes, self.blocks))
 
     # ---- inside -------------------------------------------------------------------------
 
@@ -476,9 +477,6 @@ class Graph:
         if found is None:
             raise GraphError(f"the graph has no weight called {name!r}")
         return found
-
-    def _store(self, name: str, value: Tensor) -> None:
-        set_tensor(self._module, name, value)
 
     def _unregister_unread(self) -> int:
         read = {str(node.target) for node in self.weight_nodes()}

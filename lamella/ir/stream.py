@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
@@ -21,9 +20,6 @@ from lamella.ir import blocks, ops
 from lamella.ir.kinds import CROSS_ATTENTION, Kinds
 from lamella.ir.reach import Reach, is_data
 from lamella.ir.spine import Arm, Join, Spines, next_tail, peel, tail_of
-
-if TYPE_CHECKING:
-    from lamella.ir.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -126,14 +122,13 @@ class Stream:
         return tuple(other for other in self.blocks if other.sublayers[0].spine == spine)
 
 
-def find_stream(graph: Graph) -> Stream:
-    """The blocks and sublayers of `graph`; a graph without residual adds has none.
+def find_stream(nodes: Sequence[Node]) -> Stream:
+    """The blocks and sublayers among all nodes of a graph; one without residual adds has none.
 
     Works best on canonical graphs; copies, casts and dropout of a freshly captured one are
     looked through. Takes about 0.1 ms per node.
     """
-    finder = _Finder(graph.nodes)
-    return finder.stream()
+    return _Finder(nodes).stream()
 
 
 @dataclass(frozen=True)

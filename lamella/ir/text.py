@@ -7,10 +7,10 @@ called by the number that is in the names of their weights: it stays when anothe
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from torch.fx import Node
 
 from lamella.ir import ops
 from lamella.ir.blocks import block_labels
+from lamella.ir.stream import Block
 from lamella.ir.symbols import named, size_of, symbol_names
-
-if TYPE_CHECKING:
-    from lamella.ir.graph import Graph
 
 _DTYPES = {
     torch.float64: "f64",
@@ -38,49 +36,55 @@ _DTYPES = {
 _INDENT = "  "
 
 
-def text_of(graph: Graph) -> str:
-    """`graph` as text: one line for each operator, blocks and sublayers as headings.
+@dataclass(frozen=True)
+class Listing:
+    """What the text of a graph is made of.
+
+    Attributes:
+        name: Of the architecture.
+        outputs: Names of the outputs.
+        weight_bytes: Bytes of the weights.
+        nodes: All nodes of the graph, in order.
+        blocks: Its blocks.
+    """
+
+    name: str
+    outputs: Sequence[str]
+    weight_bytes: int
+    nodes: Sequence[Node]
+    blocks: Sequence[Block]
+
+
+def text_of(listing: Listing) -> str:
+    """A graph as text: one line for each operator, blocks and sublayers as headings.
 
     Weights are called by name where they are read (``@lm_head.weight``). Nodes that belong to
     no block stand before the first block or behind the last one that they depend on.
     """
-    return "\n".join(_Writer(graph).lines()) + "\n"
-
-
-def diff_of(before: Graph | str, after: Graph | str) -> str:
-    """The lines in which two graphs differ, in the unified format; empty if they are equal."""
-    texts = [value if isinstance(value, str) else text_of(value) for value in (before, after)]
-    was, now = (text.splitlines() for text in texts)
-    lines = difflib.unified_diff(was, now, "before", "after", lineterm="", n=1)
-    return "\n".join(lines)
-
-
-def node_names(graph: Graph) -> dict[Node, str]:
-    """What the text of `graph` calls every node, without the ``%`` or ``@`` before it."""
-    return _Writer(graph).names
+    return "\n".join(_Writer(listing).lines()) + "\n"
 
 
 class _Writer:
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-        self._symbols = symbol_names(graph.nodes)
+    def __init__(self, listing: Listing) -> None:
+        self._listing = listing
+        self._symbols = symbol_names(listing.nodes)
         self._sizes: dict[int, str] = {}
-        self._labels = block_labels([block.name for block in graph.blocks])
+        self._labels = block_labels([block.name for block in listing.blocks])
         self._block = self._blocks()
         self._sublayer = {
             node: sublayer.name.removeprefix(f"{block.name}.")
-            for block in graph.blocks
-            for sublayer in block.sublayers
+            for block in reversed(listing.blocks)
+            for sublayer in reversed(block.sublayers)
             for node in sublayer.nodes
         }
-        self.names = self._names()
+        self._names = self._named()
 
     def lines(self) -> Iterator[str]:
         yield self._title()
-        nodes = self._graph.nodes
+        nodes = self._listing.nodes
         for node in nodes:
             if node.op == "placeholder":
-                yield f"{_INDENT}%{self.names[node]}: {self._type(node)}"
+                yield f"{_INDENT}%{self._names[node]}: {self._type(node)}"
         sections: dict[tuple[int, bool], list[Node]] = {}
         for node in nodes:
             if node.op == "call_function":
@@ -92,10 +96,14 @@ class _Writer:
     # ---- places and names ---------------------------------------------------------------
 
     def _blocks(self) -> dict[Node, int]:
-        """For every node the block it is in, or the last one that it depends on (-1: none)."""
-        own = {node: block.index for block in self._graph.blocks for node in block.nodes}
+        """For every node the block it is in, or the last one that it depends on (-1: none).
+
+        A branch that is added twice is in two blocks; it is told in the first.
+        """
+        blocks = reversed(self._listing.blocks)
+        own = {node: block.index for block in blocks for node in block.nodes}
         places: dict[Node, int] = {}
-        for node in self._graph.nodes:
+        for node in self._listing.nodes:
             sources = [places[source] for source in node.all_input_nodes]
             places[node] = own.get(node, max(sources, default=-1))
         self._inside = own.keys()
@@ -105,10 +113,10 @@ class _Writer:
         """The block, and whether `node` comes after it."""
         return self._block[node], node not in self._inside
 
-    def _names(self) -> dict[Node, str]:
+    def _named(self) -> dict[Node, str]:
         names: dict[Node, str] = {}
         counts: Counter[str] = Counter()
-        for node in self._graph.nodes:
+        for node in self._listing.nodes:
             if node.op != "call_function":
                 names[node] = str(node.target)
                 continue
@@ -128,11 +136,10 @@ class _Writer:
     # ---- lines --------------------------------------------------------------------------
 
     def _title(self) -> str:
-        weights = self._graph.weight_nodes()
-        megabytes = self._graph.weight_bytes() / 1e6
-        operators = sum(node.op == "call_function" for node in self._graph.nodes)
-        name = self._graph.origin.architecture or "graph"
-        return f"{name}: {operators} operators, {len(weights)} weights, {megabytes:.2f} MB"
+        kinds = Counter(node.op for node in self._listing.nodes)
+        operators, weights = kinds["call_function"], kinds["get_attr"]
+        megabytes = self._listing.weight_bytes / 1e6
+        return f"{self._listing.name}: {operators} operators, {weights} weights, {megabytes:.2f} MB"
 
     def _section_lines(self, block: int, outside: bool, members: list[Node]) -> Iterator[str]:
         if outside:
@@ -149,18 +156,17 @@ class _Writer:
             yield self._line(node, _INDENT * 2 if sublayer else _INDENT)
 
     def _heading(self, block: int) -> str:
-        found = self._graph.blocks[block]
+        found = self._listing.blocks[block]
         return " ".join(filter(None, (found.stack, "block", self._labels[block], found.name)))
 
     def _line(self, node: Node, indent: str) -> str:
         call = f"{_operator(node.target)}({', '.join(self._arguments(node))})"
-        return f"{indent}%{self.names[node]}: {self._type(node)} = {call}"
+        return f"{indent}%{self._names[node]}: {self._type(node)} = {call}"
 
     def _result(self) -> str:
-        signature, outputs = self._graph.signature, self._graph.outputs
-        names = signature.outputs if len(signature.outputs) == len(outputs) else ()
-        values = [self._value(value) for value in outputs]
-        if not names:
+        flat: Any = self._listing.nodes[-1].args[0]
+        values, names = [self._value(value) for value in flat], self._listing.outputs
+        if len(names) != len(values):
             return f"return {', '.join(values)}"
         pairs = zip(names, values, strict=True)
         return "return " + ", ".join(f"{name}={value}" for name, value in pairs)
@@ -182,7 +188,7 @@ class _Writer:
 
     def _value(self, value: Any) -> str:
         if isinstance(value, Node):
-            return f"{'@' if value.op == 'get_attr' else '%'}{self.names[value]}"
+            return f"{'@' if value.op == 'get_attr' else '%'}{self._names[value]}"
         if isinstance(value, list | tuple):
             return f"[{', '.join(self._value(item) for item in value)}]"
         if isinstance(value, torch.dtype):

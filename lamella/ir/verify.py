@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from lamella.errors import VerificationError
 from lamella.ir import fake_values, ops
+from lamella.ir.graph import Graph
 from lamella.ir.torch_private import FakeTensorMode, statically_known_true
-
-if TYPE_CHECKING:
-    from lamella.ir.graph import Graph
 
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError)
 _OPS = frozenset({"placeholder", "get_attr", "call_function", "output"})

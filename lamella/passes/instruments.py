@@ -23,7 +23,6 @@ from rich.progress import Progress as Bars
 from rich.progress import TaskID
 
 from lamella.ir.graph import Graph
-from lamella.ir.text import text_of
 from lamella.ir.verify import verify
 from lamella.passes.base import Analyses, Transform
 from lamella.rendering import seconds_text
@@ -195,8 +194,8 @@ class DumpOnFailure(Instrument):
         samples = step.analyses.samples
         digest = samples.digest if samples is not None else "no samples"
         return {
-            "before.txt": text_of(self._before) if self._before is not None else "",
-            "after.txt": text_of(step.graph),
+            "before.txt": str(self._before) if self._before is not None else "",
+            "after.txt": str(step.graph),
             "recipe.yaml": yaml.safe_dump({"version": 1, "passes": passes}, sort_keys=False),
             "samples.txt": f"{digest}\n",
             "error.txt": "".join(traceback.format_exception(error)),
