@@ -1,26 +1,22 @@
 """What a compilation did, as data: per pass, what it changed and what it cost.
 
 A report is a value: frozen, equal to another by content, and exactly what `Report.from_json`
-reads back from `Report.to_json`. Rendering is in `lamella.rendering`; the methods here are the
-short way to it.
+reads back from `Report.to_json`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 from rich.console import Group
 
 from lamella import rendering
-
-T = TypeVar("T")
-Plain = str | int | float | bool | None | list[Any] | dict[str, Any]
+from lamella.plain import as_plain, from_plain
+from lamella.rendering import Sheet, bytes_text, seconds_text
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -83,6 +79,13 @@ class Loss:
         """The smallest top-1 agreement, or None without logits."""
         found = [o.agreement for o in self.outputs if o.agreement is not None]
         return min(found, default=None)
+
+    def __str__(self) -> str:
+        """``"kl 0.012, top-1 98.5 %"``: the output that lost most."""
+        if self.worst is None:
+            return "nothing to compare"
+        text = f"{self.worst.measure} {self.worst.value:.3g}"
+        return text if self.agreement is None else f"{text}, top-1 {100 * self.agreement:.1f} %"
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As data for `json.dumps`; `from_json` reads back an equal report."""
-        return {"format": FORMAT, **cast(dict[str, Any], _plain(self))}
+        return {"format": FORMAT, **cast(dict[str, Any], as_plain(self))}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
@@ -264,73 +267,83 @@ class Report:
         if data.get("format") != FORMAT:
             raise ValueError(f"a report of format {FORMAT} was expected, got {data.get('format')}")
         rest = {name: value for name, value in data.items() if name != "format"}
-        return _read(cls, rest, "report")
+        return from_plain(cls, rest, "report")
 
     def __str__(self) -> str:
         return rendering.text_of(self.table())
 
     def table(self) -> Group:
         """For a terminal: a table of the passes and what else is known."""
-        return rendering.terminal(self)
+        return rendering.terminal(_sheet(self))
 
     def html(self) -> str:
         """One page without scripts and without references to anything outside of it."""
-        return rendering.page(self)
+        return rendering.page(_sheet(self))
 
 
-def _plain(value: Any) -> Plain:
-    """Dataclasses as mappings; a float that JSON has no number for as its name."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in cast(list[Any], value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": repr(value)}
-    return cast(Plain, value)
+# ---- words ----------------------------------------------------------------------------
 
 
-def _read(kind: Any, data: Any, where: str) -> Any:
-    """`data` as a value of type `kind`."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, data, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        inner = next(a for a in arguments if a is not type(None))
-        return None if data is None else _read(inner, data, where)
-    if origin is tuple:
-        items = _expect(list, data, where)
-        return tuple(_read(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(items))
-    if origin is Mapping:
-        items = _expect(dict, data, where)
-        return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in items.items()}
-    if origin is Literal:
-        if data not in arguments:
-            raise ValueError(f"{where} must be one of {', '.join(arguments)}, got {data!r}")
-        return data
-    return _read_leaf(kind, data, where)
+_HEADERS = ("pass", "effect", "nodes", "weights", "loss", "pass time", "checks")
 
 
-def _read_leaf(kind: Any, data: Any, where: str) -> Any:
-    if isinstance(data, dict) and set(data) == {"float"} and kind in (float, Any):
-        return float(data["float"])
-    if kind is float:
-        return float(_expect((int, float), data, where))
-    return data if kind is Any else _expect(kind, data, where)
+def _row(record: PassRecord) -> tuple[str, ...]:
+    quality = "" if record.deviation is None else f"error {record.deviation:.1g}"
+    return (
+        record.spelling or record.name,
+        record.effect if record.edits else f"{record.effect}, no edit",
+        _change(str(record.nodes_before), str(record.nodes_after)),
+        _change(bytes_text(record.weight_bytes_before), bytes_text(record.weight_bytes_after)),
+        quality if record.loss is None else str(record.loss),
+        seconds_text(record.seconds),
+        seconds_text(record.verify_seconds + record.check_seconds),
+    )
 
 
-def _read_dataclass(kind: type[T], data: Any, where: str) -> T:
-    items = _expect(dict, data, where)
-    hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(cast(Any, kind))}
-    if known != set(items):
-        wrong = ", ".join(sorted(known ^ set(items)))
-        raise ValueError(f"{where} has missing or unknown fields: {wrong}")
-    return kind(**{name: _read(hints[name], v, f"{where}.{name}") for name, v in items.items()})
+def _change(before: str, after: str) -> str:
+    return before if before == after else f"{before} → {after}"
 
 
-def _expect(kind: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, kind):
-        raise ValueError(f"{where} has the wrong type {type(data).__name__}")
-    return data
+def _lines(report: Report) -> list[str]:
+    """Everything that is not a table of passes."""
+    lines: list[str] = []
+    for record in report.passes:
+        lines += [_shortened(f"{record.name}: {remark}") for remark in record.remarks]
+    lines += map(_shortened, report.remarks)
+    for entry in report.latency:
+        predicted, measured = entry.predicted_seconds, entry.measured_seconds
+        told = [] if measured is None else [f"measured {seconds_text(measured)}"]
+        told += [] if predicted is None else [f"predicted {seconds_text(predicted)}"]
+        lines.append(f"{entry.backend}, {entry.subject}, {entry.inputs}: {', '.join(told)}")
+    if report.memory is not None:
+        before, peak = report.memory.before, report.memory.peak
+        begun = "" if before is None else f" (at the start {bytes_text(before)})"
+        lines.append(f"memory: at most {bytes_text(peak)}{begun}")
+    if report.files:
+        lines.append(f"files: {bytes_text(report.file_bytes)}")
+    return lines
+
+
+def _shortened(remark: str) -> str:
+    """The first line; the rest is in the data and on the page."""
+    first, *rest = remark.splitlines() or [""]
+    return f"{first} (and {len(rest)} more lines)" if rest else first
+
+
+def _details(report: Report) -> list[tuple[str, str]]:
+    """Remarks of several lines, each with what it says in short."""
+    named = [(r.name, remark) for r in report.passes for remark in r.remarks]
+    return [(_shortened(f"{n}: {remark}"), remark) for n, remark in named if "\n" in remark]
+
+
+def _title(report: Report) -> str:
+    before = report.model.weight_bytes
+    size = _change(bytes_text(before), bytes_text(report.weight_bytes))
+    share = f" ({100 * report.weight_bytes / before:.0f} %)" if before else ""
+    return f"{report.model.name or 'model'}: weights {size}{share}"
+
+
+def _sheet(report: Report) -> Sheet:
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    rows = tuple(map(_row, report.passes))
+    return Sheet(_title(report), _HEADERS, rows, _lines(report), _details(report), versions)

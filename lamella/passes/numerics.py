@@ -21,7 +21,6 @@ from lamella.passes.base import Effect
 from lamella.passes.instruments import Instrument, Step
 from lamella.passes.loss import LossMeter, comparisons, deviation
 from lamella.passes.probes import flat_inputs, probe_samples
-from lamella.rendering import loss_text
 from lamella.report import Loss
 
 EXACT: Mapping[torch.dtype, float] = MappingProxyType(
@@ -159,7 +158,7 @@ class NumericCheck(Instrument):
     def _check_loss(self, spelling: str, loss: Loss) -> None:
         if self._max_loss is not None and not loss.value <= self._max_loss:
             raise LossError(
-                f"{spelling!r} costs {loss_text(loss)}, allowed is a loss of {self._max_loss:g}; "
+                f"{spelling!r} costs {loss}, allowed is a loss of {self._max_loss:g}; "
                 f"ask for less, or raise max_loss"
             )
 
