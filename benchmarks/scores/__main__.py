@@ -32,7 +32,7 @@ def main() -> None:
     if "bits" in options.parts:
         results += [bits.table(case, options.only) for case in cases]
     if "equal" in options.parts:
-        results.append(equal.table(cases))
+        results.append(equal.table(cases, options.only))
     if "integers" in options.parts:
         results.append(integers.table(cases))
     if "drops" in options.parts:

@@ -79,11 +79,12 @@ def _alone(score: BitScore) -> BitScore:
     return with_options(score, draws=1) if getattr(score, "draws", 1) is None else score
 
 
-def table(cases: Sequence[Case]) -> Result:
+def table(cases: Sequence[Case], only: Sequence[str]) -> Result:
     """One row for each score, with the figures of all models side by side."""
-    columns = [_rows(Judge.of(case)) for case in cases]
+    labels = [label for label in builders() if not only or label in only]
+    columns = [_rows(Judge.of(case), labels) for case in cases]
     parts = ("sequences", "products", "Spearman", "regret")
-    rows = [(label, *(cell for rows in columns for cell in rows[label])) for label in builders()]
+    rows = [(label, *(cell for rows in columns for cell in rows[label])) for label in labels]
     return Result(
         "scores_bits_equal",
         f"Scores of weights at equal cost, {FORWARDS:g} forward runs of {SEQUENCES} sequences, "
@@ -103,10 +104,10 @@ def table(cases: Sequence[Case]) -> Result:
     )
 
 
-def _rows(judge: Judge) -> dict[str, tuple[object, ...]]:
+def _rows(judge: Judge, labels: Sequence[str]) -> dict[str, tuple[object, ...]]:
     rows: dict[str, tuple[object, ...]] = {}
-    for label, build in builders().items():
-        one = fitted(judge.case, build)
+    for label in labels:
+        one = fitted(judge.case, builders()[label])
         rank, _, regret = judge.figures(one.found)
         rows[label] = (one.count or "-", one.found[0].products, rank, regret)
         logger.info("%s: %s: %s", judge.case.name, label, rows[label])
