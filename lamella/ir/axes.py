@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from lamella.ir.graph import Graph
-from lamella.ir.symbols import shape_of, size_of
+from lamella.ir.symbols import size_of
 
 
 def merged_batch(graph: Graph) -> Mapping[sympy.Symbol, sympy.Symbol]:
@@ -36,7 +36,13 @@ def merged_batch(graph: Graph) -> Mapping[sympy.Symbol, sympy.Symbol]:
 
 def sizes_with(node: Node, merged: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[sympy.Expr, ...]:
     """The shape of a node after the symbols in `merged` are replaced."""
-    replaced: list[Any] = [sympy.sympify(s).xreplace(dict(merged)) for s in shape_of(node)]
+    value = node.meta.get("val")
+    return sizes_of(value, merged) if isinstance(value, Tensor) else ()
+
+
+def sizes_of(value: Tensor, merged: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[sympy.Expr, ...]:
+    """The same for the shape of a value."""
+    replaced: list[Any] = [sympy.sympify(size_of(s)).xreplace(dict(merged)) for s in value.shape]
     return tuple(replaced)
 
 

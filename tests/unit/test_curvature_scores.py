@@ -22,7 +22,7 @@ from lamella.passes.scores.fisher_gram import FisherGram
 from lamella.passes.scores.hawq import Hawq, HawqEigenvalue
 from lamella.passes.scores.hessian import Hessian, largest_eigenvalues, traces
 from lamella.passes.scores.output_gradients import OutputGradients
-from lamella.passes.scores.target import drawn_loss, loss_target
+from lamella.passes.scores.target import drawn_loss, loss_target, sequence_generators
 from lamella.passes.sites import find_sites
 
 Captured = Callable[[str], Graph]
@@ -192,7 +192,7 @@ def test_fisher_gram_is_the_elementwise_form_where_there_is_one_token():
         report = analyses.get(FisherGram((f,), int8, sequences=1, draws=1))
         hidden = torch.tanh(model.first(x))
         logits = model.second(hidden)
-        loss = drawn_loss(logits, loss_target(graph), torch.Generator().manual_seed(0))
+        loss = drawn_loss(logits, loss_target(graph), next(sequence_generators(0)))
         g_hidden, g_logits = torch.autograd.grad(loss, [hidden, logits])
         g_first = (g_hidden * (1 - hidden.square())).detach()
         for layer, read, gradient in (("first", x, g_first), ("second", hidden, g_logits)):
@@ -250,7 +250,8 @@ def test_taps_do_not_depend_on_batches(
     for one, other in ((together.outputs, apart.outputs), (together.inputs, apart.inputs)):
         assert list(one) == list(other)
         for name, value in one.items():
-            torch.testing.assert_close(other[name], value, rtol=1e-6, atol=0.0)
+            # Products of float32 matrices of other heights round differently.
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=0.0)
     for name, value in together.counts.items():
         assert float(value.sum()) == pytest.approx(1.0, abs=0.02)
         torch.testing.assert_close(apart.counts[name], value)

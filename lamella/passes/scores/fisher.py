@@ -25,6 +25,9 @@ from lamella.passes.sites import Site, find_sites
 _ERROR_BYTES = 1 << 30
 """Errors of weights that are in memory at a time; more weights mean more runs."""
 
+_GRADIENT_BYTES = 1 << 22
+"""Gradients of a weight by several sequences that are made at a time: what a cache holds."""
+
 
 @dataclass(frozen=True)
 class Fisher(BitScore):
@@ -83,14 +86,14 @@ class Fisher(BitScore):
         samples = analyses.need_samples()
         target = loss_target(graph)
         rounded = tuple(f for f in self.formats if f.bits != 32)
-        taps, tokens = Taps(), 0
+        taps, tokens, remark = Taps(), 0, ""
         projections: dict[str, dict[Format, Tensor]] = {}
         rounding: dict[str, dict[Format, float]] = {}
         for sites in groups_in_memory(find_sites(graph), len(rounded)):
             effects = _Effects(graph, sites, rounded, int8_activations=self.int8_activations)
             found = GradientRun(graph, target, sites, [effects, taps])
             self._draws().run(found, target, samples)
-            tokens = found.tokens
+            tokens, remark = found.tokens, found.remark
             for site in sites:
                 projections[site.weight] = effects.projections(site, tokens)
                 rounding[site.weight] = effects.rounding(site, tokens)
@@ -101,7 +104,10 @@ class Fisher(BitScore):
             name: {f: finite(together.loss({name: f}), name) for f in self.formats}
             for name in projections
         }
-        return BitScoreReport(self.name, losses, target.unit, interactions=together)
+        remarks = (remark,) if remark else ()
+        return BitScoreReport(
+            self.name, losses, target.unit, remarks=remarks, interactions=together
+        )
 
     def _draws(self) -> Draws:
         return Draws(self.sequences, self.draws, self.seed)
@@ -147,38 +153,47 @@ class _Effects(Watcher):
         self._errors = {
             site.weight: rounding_errors(graph.weight(site.node).float(), formats) for site in sites
         }
-        none = torch.zeros(len(formats), dtype=torch.float64)
-        self._running = dict.fromkeys(self._errors, none)
+        self._none = torch.zeros(0, len(formats), dtype=torch.float64)
+        self._running = dict.fromkeys(self._errors, self._none)
         self._projections: dict[str, list[Tensor]] = {name: [] for name in self._errors}
-        self._rounding = dict.fromkeys(self._errors, none)
+        self._rounding = dict.fromkeys(self._errors, self._none.sum(0))
+        self._changes: dict[tuple[Node, int], Tensor] = {}
+
+    def start(self, sequences: int) -> None:
+        """Nothing is known of the gradients of a batch, and of what its layers read."""
+        self._none = self._none.new_zeros(sequences, len(self._formats))
+        self._running = dict.fromkeys(self._errors, self._none)
+        self._changes.clear()
 
     def outputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
         """Project on the errors of the weight; what several readers give is added."""
         name = self._site_of[reader]
-        errors = self._errors[name]
-        if reader.target is aten.embedding.default:
-            found = torch.einsum("ftk,tk->f", errors[:, read], gradient)
-        else:
-            found = errors.flatten(1) @ (gradient.t() @ read.float()).flatten()
+        is_table = reader.target is aten.embedding.default
+        projected = _of_table if is_table else _of_matrix
+        found = projected(self._errors[name], read, gradient)
         self._running[name] = self._running[name] + found.double()
 
     def inputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
         """Add what rounding the input does, entry by entry."""
-        by_block = {block: _rounded(read, gradient, block) for block in self._blocks}
-        if by_block:
-            added = torch.tensor([by_block[f.block] for f in self._formats], dtype=torch.float64)
-            name = self._site_of[reader]
-            self._rounding[name] = self._rounding[name] + added
+        if not self._blocks:
+            return
+        by_block = {
+            block: _squared_sum(gradient * self._change(reader, read, block))
+            for block in self._blocks
+        }
+        added = torch.tensor([by_block[f.block] for f in self._formats], dtype=torch.float64)
+        name = self._site_of[reader]
+        self._rounding[name] = self._rounding[name] + added
 
     def finish(self) -> None:
-        """The gradient of one loss is complete."""
+        """The gradients of one loss of each sequence are complete."""
         for name, projected in self._running.items():
             self._projections[name].append(projected)
-            self._running[name] = torch.zeros_like(projected)
+        self._running = dict.fromkeys(self._errors, self._none)
 
     def projections(self, site: Site, tokens: int) -> dict[Format, Tensor]:
         """For each format ``[draws]``, with a loss per token as the sum of squares."""
-        found = torch.stack(self._projections[site.weight]) * (0.5 / max(tokens, 1)) ** 0.5
+        found = torch.cat(self._projections[site.weight]) * (0.5 / max(tokens, 1)) ** 0.5
         return dict(zip(self._formats, found.unbind(1), strict=True))
 
     def rounding(self, site: Site, tokens: int) -> dict[Format, float]:
@@ -186,7 +201,48 @@ class _Effects(Watcher):
         found = self._rounding[site.weight] * (0.5 / max(tokens, 1))
         return dict(zip(self._formats, found.tolist(), strict=True))
 
+    def _change(self, reader: Node, read: Tensor, block: int) -> Tensor:
+        """What rounding does to the input of a layer; several layers may read the same."""
+        key = (reader.all_input_nodes[0], block)
+        if key not in self._changes:
+            self._changes[key] = (round_to_int8(read, block) - read).float()
+        return self._changes[key]
 
-def _rounded(read: Tensor, gradient: Tensor, block: int) -> float:
-    change = gradient * (round_to_int8(read, block) - read).float()
-    return float(change.square().sum(dtype=torch.float64))
+
+def _of_table(errors: Tensor, read: Tensor, gradient: Tensor) -> Tensor:
+    """``<G, D>`` for each sequence and each error of an embedding, ``[sequences, formats]``.
+
+    Args:
+        errors: ``[formats, rows, out]``.
+        read: Indices, ``[sequences, tokens]``.
+        gradient: ``[sequences, tokens, out]``.
+    """
+    found = [(error[read] * gradient).flatten(1).sum(1) for error in errors]
+    return torch.stack(found, dim=1) if found else gradient.new_zeros(len(gradient), 0)
+
+
+def _of_matrix(errors: Tensor, read: Tensor, gradient: Tensor) -> Tensor:
+    """The same for a linear layer, whose gradients are made of a few sequences or rows at a time.
+
+    Args:
+        errors: ``[formats, out, in]``.
+        read: ``[sequences, tokens, in]``.
+        gradient: ``[sequences, tokens, out]``.
+    """
+    _, out, features = errors.shape
+    rows = max(1, min(out, _GRADIENT_BYTES // (4 * features)))
+    step = max(1, _GRADIENT_BYTES // (4 * rows * features))
+    read = read.float()
+    found = gradient.new_zeros(len(gradient), len(errors))
+    for row in range(0, out, rows):
+        flat = errors[:, row : row + rows].flatten(1).t()
+        own = gradient[..., row : row + rows].mT
+        for start in range(0, len(found), step):
+            made = torch.bmm(own[start : start + step], read[start : start + step])
+            found[start : start + step] += made.flatten(1) @ flat
+    return found
+
+
+def _squared_sum(value: Tensor) -> float:
+    flat = value.flatten()
+    return float(flat @ flat)

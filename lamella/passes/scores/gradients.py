@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
+from lamella.data import Batch, Samples
 from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.integer_operators import INTEGER_REFERENCE
@@ -17,21 +18,30 @@ from lamella.ir.operators import REFERENCE
 from lamella.ir.ops import aten, lam
 from lamella.ir.rounding_operators import ROUNDING_REFERENCE
 from lamella.ir.segments import Values, program
-from lamella.passes.scores.target import LossTarget
+from lamella.passes.scores.sequences import HeldBytes, find_sequences
+from lamella.passes.scores.target import LossTarget, sequence_count, split_batches
 from lamella.passes.sites import Site
+
+_HELD_BYTES = 1 << 30
+"""Values of sequences that run together; longer sequences run in smaller parts of their batch."""
 
 
 class Watcher(abc.ABC):
     """Makes something of the gradients at the layers that read some weights."""
 
     @abc.abstractmethod
+    def start(self, sequences: int) -> None:
+        """So many sequences have run forwards together."""
+
+    @abc.abstractmethod
     def outputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
-        """The gradient at what a layer computed.
+        """The gradient at what a layer computed: for each sequence that of its own loss.
 
         Args:
             reader: A linear layer or an embedding.
-            read: Its input, ``[tokens, in]``, or the indices of an embedding, ``[tokens]``.
-            gradient: ``[tokens, out]``, float32.
+            read: Its input, ``[sequences, tokens, in]``, or the indices of an embedding,
+                ``[sequences, tokens]``.
+            gradient: ``[sequences, tokens, out]``, float32.
         """
 
     @abc.abstractmethod
@@ -46,17 +56,22 @@ class Watcher(abc.ABC):
 
     @abc.abstractmethod
     def finish(self) -> None:
-        """The gradients of one loss have all been seen."""
+        """The gradients of one loss of each sequence have all been seen."""
 
 
 class GradientRun:
-    """Runs a graph forwards and backwards, sample by sample, and shows gradients to watchers.
+    """Runs a graph forwards and backwards, batch by batch, and shows gradients to watchers.
 
     A forward run is one for the cost, and a backward run about another: gradients of activations
     alone are computed, those of weights are the business of watchers.
 
+    The loss of a batch is the sum over its sequences, so that where no operation mixes them, the
+    gradient at what belongs to a sequence is that of its own loss. Where one might
+    (`find_sequences`), sequences run one at a time.
+
     Attributes:
         tokens: Rows of the target that were run, each time a loss of them was taken.
+        remark: Why sequences run one at a time; empty where they do not, or are meant to.
     """
 
     def __init__(
@@ -65,6 +80,8 @@ class GradientRun:
         target: LossTarget,
         sites: Sequence[Site],
         watchers: Sequence[Watcher],
+        *,
+        together: bool = True,
     ) -> None:
         """Watch the readers of `sites`.
 
@@ -73,6 +90,7 @@ class GradientRun:
             target: The output that the loss is taken of.
             sites: Weights of linear layers and embeddings.
             watchers: Who is shown gradients.
+            together: Whether sequences may run in batches.
         """
         kept = [target.node] if target.mask is None else [target.node, target.mask]
         self.tokens = 0
@@ -80,11 +98,25 @@ class GradientRun:
         self._target = target
         self._readers = {reader for site in sites for reader in site.readers}
         self._watchers = watchers
-        self._rows = 0
+        found = find_sequences(graph, target, sites) if together else ""
+        self._sequences = None if isinstance(found, str) else found
+        self.remark = f"sequences run one at a time: {found}" if isinstance(found, str) else ""
+        nodes = (node for segment in self._running.segments for node in segment.nodes)
+        self._held = HeldBytes.of(graph, nodes)
+        self._count, self._rows = 1, 0
 
-    def forward(self, sample: Mapping[str, Any]) -> Tensor:
-        """The rows of the target for one sample, recorded for `backward`."""
-        values = self._running.start(sample)
+    def batches(self, samples: Samples) -> Iterator[Batch]:
+        """The samples, cut to what may run together and is held in memory."""
+        return split_batches(samples, self._most)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """Run some sequences, and record them for `backward`.
+
+        Returns:
+            The rows of the target, and how many of them are those of each sequence.
+        """
+        self._count = (self._sequences and sequence_count(batch)) or 1
+        values = self._running.start(batch)
         for segment in self._running.segments:
             weights = segment.read_weights(self._running.graph)
             calls = differentiable(segment.nodes)
@@ -93,7 +125,24 @@ class GradientRun:
             segment.run(values, weights, self._watch, calls=calls, gradients=True)
         rows = self._target.rows(values)
         self._rows = rows.shape[0]
-        return rows
+        for watcher in self._watchers:
+            watcher.start(self._count)
+        return rows, self._counts(values)
+
+    def _most(self, batch: Batch) -> int:
+        """How many sequences of a batch run together."""
+        count = sequence_count(batch)
+        if self._sequences is None or count is None:
+            return 1
+        held = self._held.at(batch)
+        return 1 if held is None else max(1, _HELD_BYTES * count // max(1, held))
+
+    def _counts(self, values: Values) -> list[int]:
+        """Rows of the target for each sequence."""
+        if self._target.mask is None:
+            return [self._rows // self._count] * self._count
+        shown: Tensor = values[self._target.mask].bool()
+        return shown.reshape(self._count, -1).sum(1).tolist()
 
     def backward(self, loss: Tensor, *, again: bool) -> None:
         """Show the gradients of one loss.
@@ -115,17 +164,30 @@ class GradientRun:
         if node not in self._readers:
             return
         value: Tensor = values[node]
-        if not value.requires_grad:
-            value = values[node] = value.detach().requires_grad_()
         is_table = node.target is aten.embedding.default
-        read: Tensor = values[ops.bind(node)["indices" if is_table else "input"]].detach()
-        flat = read.reshape(-1) if is_table else read.reshape(-1, read.shape[-1])
+        operand: Node = ops.bind(node)["indices" if is_table else "input"]
+        constant = operand.op == "get_attr"
+        read: Tensor = self._running.graph.weight(operand) if constant else values[operand]
+        read = read.detach()
+        if self._count > 1 and self._sequences and node in self._sequences.shared:
+            value, read = (_copies(one, self._count) for one in (value, read))
+        if not value.requires_grad:
+            value = value.detach().requires_grad_()
+        values[node] = value
+        apart = self._apart(node, read, () if is_table else read.shape[-1:])
 
         def show(gradient: Tensor) -> None:
+            own = self._apart(node, gradient, gradient.shape[-1:]).float()
             for watcher in self._watchers:
-                watcher.outputs(node, flat, gradient.reshape(-1, gradient.shape[-1]).float())
+                watcher.outputs(node, apart, own)
 
         value.register_hook(show)
+
+    def _apart(self, node: Node, value: Tensor, channels: Sequence[int]) -> Tensor:
+        """What a layer read, or a gradient, as ``[sequences, tokens, *channels]``."""
+        if self._count > 1 and self._sequences and node in self._sequences.axes:
+            value = value.movedim(self._sequences.axes[node], 0)
+        return value.reshape(self._count, -1, *channels)
 
     def _linear(self, node: Node) -> Callable[..., Tensor]:
         """A linear layer that reads a view of its input, whose gradient is by way of it alone."""
@@ -142,6 +204,11 @@ class GradientRun:
             return functional.linear(view, weight, bias)
 
         return linear
+
+
+def _copies(value: Tensor, count: int) -> Tensor:
+    """A value that all sequences share, once for each of them; not copied in memory."""
+    return value.expand(count, *value.shape[1:] if value.shape[0] == 1 else value.shape)
 
 
 def differentiable(nodes: Iterable[Node]) -> dict[Node, Callable[..., Any]]:

@@ -105,7 +105,7 @@ class IntegerProducts(Analysis[IntegerProductsReport]):
         sites = [site for site in find_sites(graph) if site.linears]
         emulated = emulators(graph, sites, analyses, self.numerics)
         effects = _Effects(sites, emulated, graph)
-        found = GradientRun(graph, target, sites, [effects])
+        found = GradientRun(graph, target, sites, [effects], together=False)
         self._draws().run(found, target, samples)
         losses = {
             site.weight: dict(zip(self.numerics, effects.losses(site, found.tokens), strict=True))
@@ -162,11 +162,14 @@ class _Effects(Watcher):
         self._squares = {site.weight: self._none for site in sites}
         self._errors: dict[Node, tuple[Tensor, Tensor]] = {}
 
+    def start(self, sequences: int) -> None:
+        """There is one sequence, whose errors are made when its first gradient comes."""
+
     def outputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
         """Project on the errors of the layer; what several readers give is added."""
         if reader in self._emulated:
             name = self._site_of[reader].weight
-            found = torch.einsum("kto,to->k", self._errors_of(reader, read), gradient)
+            found = torch.einsum("ksto,sto->k", self._errors_of(reader, read), gradient)
             self._running[name] = self._running[name] + found.double()
 
     def inputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
@@ -184,7 +187,7 @@ class _Effects(Watcher):
         return [finite(one, site.weight) for one in found]
 
     def _errors_of(self, reader: Node, read: Tensor) -> Tensor:
-        """``[ways, tokens, out]``; the same for all losses of one sequence."""
+        """``[ways, 1, tokens, out]``; the same for all losses of one sequence."""
         held = self._errors.get(reader)
         if held is None or held[0] is not read:
             x = read.float()

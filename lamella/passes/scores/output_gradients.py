@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from lamella.passes.base import Analyses, Analysis
 from lamella.passes.scores.gradients import GradientRun, Watcher
 from lamella.passes.scores.target import (
     LossTarget,
-    drawn_loss,
     first_sequences,
+    loss_of_signs,
     loss_target,
-    single_sequences,
+    random_signs,
+    sequence_count,
+    sequence_generators,
 )
 from lamella.passes.sites import find_sites
 
@@ -60,13 +63,18 @@ class Draws:
     def run(self, found: GradientRun, target: LossTarget, samples: Samples) -> None:
         """Run the sequences; the same draws whatever is watched."""
         taken = first_sequences(samples, self.sequences)
-        count = sum(1 for _ in single_sequences(taken))
+        count = sum(sequence_count(batch) or 1 for batch in taken)
         draws = self.draws or min(_MOST_DRAWS, math.ceil(PROBES / max(1, count)))
-        generator = torch.Generator().manual_seed(self.seed)
-        for sample in single_sequences(taken):
-            rows = found.forward(sample)
+        generators = sequence_generators(self.seed)
+        for batch in found.batches(taken):
+            rows, counts = found.forward(batch)
+            own = list(itertools.islice(generators, len(counts)))
             for draw in range(draws):
-                found.backward(drawn_loss(rows, target, generator), again=draw + 1 < draws)
+                signs = [
+                    random_signs(n, rows.shape[1], g) for n, g in zip(counts, own, strict=True)
+                ]
+                loss = loss_of_signs(rows, target, torch.cat(signs))
+                found.backward(loss, again=draw + 1 < draws)
 
 
 @dataclass(frozen=True)
@@ -132,18 +140,21 @@ class Taps(Watcher):
         self._inputs: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
+    def start(self, sequences: int) -> None:
+        """Sequences count alike."""
+
     def outputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
         """Add to the squares of a layer, and to the counts of an embedding."""
-        _add(self._outputs, reader.name, gradient.square().sum(0, dtype=torch.float64))
+        _add(self._outputs, reader.name, gradient.square().sum((0, 1)).double())
         if reader.target is aten.embedding.default:
             weight: Node = reader.args[0]  # pyright: ignore[reportAssignmentType]  # sites are bound
-            counted = read[gradient.abs().amax(1) > 0]
+            counted = read[gradient.abs().amax(-1) > 0]
             rows = int(weight.meta["val"].shape[0])
             _add(self._counts, reader.name, counted.bincount(minlength=rows).double())
 
     def inputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
         """Add to the squares of a layer."""
-        _add(self._inputs, reader.name, gradient.square().sum(0, dtype=torch.float64))
+        _add(self._inputs, reader.name, gradient.square().sum(0).double())
 
     def finish(self) -> None:
         """There is nothing to square."""

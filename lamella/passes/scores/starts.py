@@ -11,7 +11,12 @@ from torch import Tensor
 from lamella.data import Samples
 from lamella.passes.relevance.seeds import parse_seed
 from lamella.passes.scores.sweeps import Sweeps
-from lamella.passes.scores.target import LossTarget, drawn_loss, single_sequences
+from lamella.passes.scores.target import (
+    LossTarget,
+    drawn_loss,
+    sequence_generators,
+    single_sequences,
+)
 from lamella.rules.relevance.presets import Preset, preset_of
 
 DRAWN = "drawn"
@@ -39,17 +44,17 @@ class Draws:
     Attributes:
         start: ``"drawn"``, or a seed as `parse_seed` reads it: then there is one for each sample.
         count: Starts per sample, where they are drawn.
-        generator: Of the draws.
+        generators: One for each sequence.
     """
 
     start: str
     count: int
-    generator: torch.Generator
+    generators: Iterator[torch.Generator]
 
     @classmethod
     def of(cls, start: str, count: int, seed: int) -> Draws:
         """Draws that a seed decides."""
-        return cls(start, count, torch.Generator().manual_seed(seed))
+        return cls(start, count, sequence_generators(seed))
 
     @property
     def per_sequence(self) -> int:
@@ -83,12 +88,12 @@ def seeds_of(output: Tensor, sweeps: Sweeps, target: LossTarget, draws: Draws) -
         draws: How many, and which.
     """
     leaf = output.detach().requires_grad_()
-    count = draws.per_sequence
+    count, generator = draws.per_sequence, next(draws.generators)
     with torch.enable_grad():
         rows = sweeps.rows(leaf)
         for draw in range(count):
             if draws.start == DRAWN:
-                loss = drawn_loss(rows, target, draws.generator)
+                loss = drawn_loss(rows, target, generator)
             else:
                 loss = (rows * parse_seed(draws.start)(rows.detach())).sum()
             yield torch.autograd.grad(loss, leaf, retain_graph=draw + 1 < count)[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
-from lamella.data import Samples
+from lamella.data import Batch, Samples
 from lamella.errors import GraphError
 from lamella.ir.graph import Graph
 from lamella.ir.reducers import divergence
@@ -92,22 +93,59 @@ def first_sequences(samples: Samples, count: int) -> Samples:
     return samples
 
 
-def single_sequences(samples: Samples) -> Iterator[Mapping[str, Any]]:
+def sequence_count(batch: Batch) -> int | None:
+    """How many sequences a batch holds; None where its inputs are not of one length."""
+    sizes = {int(v.shape[0]) if isinstance(v, Tensor) and v.ndim else None for v in batch.values()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def single_sequences(samples: Samples) -> Iterator[Batch]:
     """The sequences one by one; a batch whose inputs are not of one length stays together.
 
     A batch that is not split gives the same result on average, with more noise.
     """
+    return split_batches(samples, lambda _: 1)
+
+
+def split_batches(samples: Samples, most: Callable[[Batch], int]) -> Iterator[Batch]:
+    """The batches, cut where they hold more sequences than `most` says of them.
+
+    A batch whose inputs are not of one length stays together.
+    """
     for batch in samples:
-        sizes = {int(v.shape[0]) for v in batch.values() if isinstance(v, Tensor) and v.ndim}
-        whole = len(sizes) != 1 or not all(isinstance(v, Tensor) for v in batch.values())
-        if whole:
+        count = sequence_count(batch)
+        step = 0 if count is None else most(batch)
+        if count is None or count <= step:
             yield batch
             continue
-        for row in range(sizes.pop()):
-            yield {name: value[row : row + 1] for name, value in batch.items()}
+        for row in range(0, count, step):
+            yield {name: value[row : row + step] for name, value in batch.items()}
+
+
+def sequence_generators(seed: int) -> Iterator[torch.Generator]:
+    """A generator for each sequence: what is drawn for one does not hang on those beside it."""
+    parent = torch.Generator().manual_seed(seed)
+    while True:
+        child = int(torch.randint(2**62, (), generator=parent))
+        yield torch.Generator().manual_seed(child)
+
+
+def random_signs(rows: int, channels: int, generator: torch.Generator) -> Tensor:
+    """1 or -1 with equal probability, float32 ``[rows, channels]``."""
+    count = rows * channels
+    drawn = torch.randint(256, (math.ceil(count / 8),), generator=generator, dtype=torch.uint8)
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    signs = (2 * bits - 1).float()[drawn.long()]
+    return signs.flatten()[:count].view(rows, channels)
 
 
 def drawn_loss(rows: Tensor, target: LossTarget, generator: torch.Generator) -> Tensor:
+    """`loss_of_signs` with random ones."""
+    signs = random_signs(rows.shape[0], rows.shape[1], generator)
+    return loss_of_signs(rows, target, signs)
+
+
+def loss_of_signs(rows: Tensor, target: LossTarget, signs: Tensor) -> Tensor:
     """A sum over tokens whose gradients have the Fisher matrix as second moment.
 
     For logits with the probabilities p the gradient is ``sqrt(p) * s - p (sqrt(p) . s)`` with
@@ -118,9 +156,8 @@ def drawn_loss(rows: Tensor, target: LossTarget, generator: torch.Generator) -> 
     Args:
         rows: ``[tokens, channels]``.
         target: What the rows hold.
-        generator: Of the signs.
+        signs: Random ones, as `rows`.
     """
-    signs = 2.0 * torch.randint(0, 2, rows.shape, generator=generator) - 1.0
     if target.kind == "logits":
         shares = rows.detach().float().softmax(-1)
         drawn = shares.sqrt() * signs
