@@ -18,7 +18,7 @@ from lamella.backends.dense import make_dense
 from lamella.backends.formats import QuantFormat
 from lamella.backends.onnxruntime.backend import OnnxRuntimeBackend
 from lamella.backends.torch.eager import EagerBackend, EagerExecutable
-from lamella.backends.torch.lowered import UNPACKED
+from lamella.backends.torch.held import UNPACKED
 from lamella.errors import BackendError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import lam

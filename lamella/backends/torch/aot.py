@@ -31,8 +31,9 @@ from lamella.backends.formats import QuantFormat
 from lamella.backends.inputs import check_inputs, example_inputs
 from lamella.backends.torch.eager import INTEGERS, EagerBackend, not_canonical
 from lamella.backends.torch.formats import of_integers
+from lamella.backends.torch.held import Integers, Kernels
 from lamella.backends.torch.inductor import compile_package, load_package
-from lamella.backends.torch.lowered import Integers, Kernels, lowered
+from lamella.backends.torch.lowered import lowered
 from lamella.backends.torch.portable import Portable
 from lamella.errors import BackendError
 from lamella.ir.adjoint_attention import ATTENTION_REFERENCE

@@ -19,8 +19,9 @@ from lamella.backends.base import Backend, Executable
 from lamella.backends.formats import QuantFormat
 from lamella.backends.inputs import check_inputs
 from lamella.backends.torch.formats import formats
+from lamella.backends.torch.held import UNPACKED, Integers, Kernels, Lowered
 from lamella.backends.torch.kernels import no_integer_products
-from lamella.backends.torch.lowered import UNPACKED, Integers, Kernels, Lowered, lowered
+from lamella.backends.torch.lowered import lowered
 from lamella.backends.torch.portable import Portable
 from lamella.ir import ops
 from lamella.ir.graph import Graph
@@ -87,8 +88,10 @@ class EagerBackend(Backend):
     weights of few bits are unpacked once.
 
     Attributes:
-        bfloat16: Let linear layers multiply in bfloat16, with weights of 4 bits in a kernel of
-            their own. The results are approximations: bfloat16 has 8 bits of precision.
+        bfloat16: Let linear layers and attention multiply in bfloat16, with weights of 4 bits in
+            a kernel of their own. The results are approximations: bfloat16 has 8 bits of
+            precision. Layers of 8-bit integers with static ranges hand over codes, and do what
+            runs between them.
         integers: What multiplies integers: ``"onednn"``; ``"traced"``, operators of ATen that
             compilers trace; or ``"floats"``, in which products of 8 bits are as exact.
         slow_kernels: Use kernels that are slower than floats on this machine too.

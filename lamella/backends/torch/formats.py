@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from lamella.backends.formats import EXACT, QuantFormat, Shape, in_blocks
+from lamella.backends.torch.held import Integers
 from lamella.backends.torch.kernels import INT4_BLOCKS, int4_obstacle
-from lamella.backends.torch.lowered import Integers
 from lamella.ir.ops import aten, lam
 
 _PRODUCTS: Mapping[Integers, str] = MappingProxyType(

@@ -7,72 +7,35 @@ kernels of `lamella.backends.torch.kernels`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
 from lamella.backends.torch import kernels, wide
+from lamella.backends.torch.chains import lower_attention, lower_chains
+from lamella.backends.torch.held import (
+    BFLOAT16,
+    INT4,
+    INT8,
+    INTEGERS,
+    TRACED,
+    UNPACKED,
+    Kernels,
+    Lowered,
+    held,
+    read,
+)
 from lamella.errors import ArtifactError
 from lamella.ir import ops
 from lamella.ir.integer_operators import conv_int8, linear_int8_static
 from lamella.ir.operators import linear_int8
 from lamella.ir.packing import dequantize, unpack
-from lamella.ir.storage import set_tensor
 
 aten = torch.ops.aten
 lam = torch.ops.lamella
-
-INTEGERS = "products of 8-bit integers (oneDNN)"
-TRACED = "products of 8-bit integers"
-INT4 = "weights of 4 bits and bfloat16 (int4pack)"
-INT8 = "weights of 8 bits and bfloat16 (int8pack)"
-BFLOAT16 = "weights in bfloat16"
-UNPACKED = "unpacked once"
-
-
-Integers = Literal["onednn", "traced", "floats"]
-"""What multiplies 8-bit integers; sums of integers are exact in floats too."""
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Which kernels may be used.
-
-    Attributes:
-        integers: Those that multiply integers, exactly: by oneDNN, or by operators of ATen that a
-            compiler can trace; or none.
-        bfloat16: Those that multiply in bfloat16, which is an approximation.
-    """
-
-    integers: Integers = "floats"
-    bfloat16: bool = False
-
-
-@dataclass
-class Lowered:
-    """A module while its operators of few bits are replaced.
-
-    Attributes:
-        module: Is changed.
-        kernels: What may be used.
-        counts: How many layers run by what.
-        held: Weights that were made, by what they were made of.
-    """
-
-    module: fx.GraphModule
-    kernels: Kernels = Kernels()
-    counts: Counter[str] = field(default_factory=Counter[str])
-    held: dict[tuple[object, ...], Node] = field(default_factory=dict[tuple[object, ...], Node])
-
-    @property
-    def unpacked(self) -> int:
-        """Weights that are held in full width."""
-        return sum(key[-1] == UNPACKED for key in self.held)
 
 
 def lowered(module: fx.GraphModule, allowed: Kernels | None = None) -> Lowered:
@@ -87,6 +50,9 @@ def lowered(module: fx.GraphModule, allowed: Kernels | None = None) -> Lowered:
     }
     if state.kernels.bfloat16:
         rules[aten.linear.default] = _linear
+        lower_attention(state)
+        if state.kernels.integers == "onednn":
+            lower_chains(state)
     for node in list(module.graph.nodes):
         if node.target in rules:
             rules[node.target](state, node)
@@ -129,18 +95,18 @@ def _linear_nbits_in_bfloat16(state: Lowered, node: Node, bound: dict[str, Any])
         return kernels.slopes_and_offsets(scales, known)
 
     name = str(bound["packed"].target)
-    held = (
-        _held(state, (*operands, bits, block, INT4), f"{name}_int4", packed),
-        _held(state, (*operands, bits, block, "slopes"), f"{name}_slopes", slopes),
+    made = (
+        held(state, (*operands, bits, block, INT4), f"{name}_int4", packed),
+        held(state, (*operands, bits, block, "slopes"), f"{name}_slopes", slopes),
     )
-    _swap(node, kernels.linear_int4, (bound["input"], *held, bound["bias"], block))
+    _swap(node, kernels.linear_int4, (bound["input"], *made, bound["bias"], block))
     state.counts[INT4] += 1
 
 
 def _linear_int8(state: Lowered, node: Node) -> None:
     bound = ops.bind(node)
     input, weight, scales, bias, per_row = bound.values()
-    codes = _read(state.module, weight)
+    codes = read(state.module, weight)
     if state.kernels.integers == "onednn":
         target = kernels.linear_rows if per_row else kernels.linear_tensor
         _swap(node, target, (input, _integers(state, weight), scales, bias))
@@ -182,10 +148,10 @@ def _linear(state: Lowered, node: Node) -> None:
     input, weight, bias = (ops.bind(node)[name] for name in ("input", "weight", "bias"))
     if not isinstance(weight, Node) or weight.op != "get_attr":
         return
-    if _read(state.module, weight).dtype is not torch.float32:
+    if read(state.module, weight).dtype is not torch.float32:
         return
     name = f"{weight.target}_bfloat16"
-    made = _held(state, (weight, BFLOAT16), name, _read(state.module, weight).bfloat16)
+    made = held(state, (weight, BFLOAT16), name, read(state.module, weight).bfloat16)
     _swap(node, kernels.linear_bfloat16, (input, made, bias))
     state.counts[BFLOAT16] += 1
 
@@ -232,58 +198,41 @@ def _dense(
         value = dequantize(codes, scales, zeros, *grid, width)
         return value if dtype is None else value.to(dtype)
 
-    return _held(state, key, f"{operands[0].target}_dense{len(state.held)}", make)
+    return held(state, key, f"{operands[0].target}_dense{len(state.held)}", make)
 
 
 def _wide(state: Lowered, weight: Node) -> Node:
     """The node that reads codes of integers as float32."""
     name = f"{weight.target}_dense{len(state.held)}"
     state.counts[UNPACKED] += 1
-    return _held(state, (weight, UNPACKED), name, _read(state.module, weight).float)
+    return held(state, (weight, UNPACKED), name, read(state.module, weight).float)
 
 
 def _integers(state: Lowered, weight: Node) -> Node:
     """The node that reads codes of integers as oneDNN wants them."""
-    codes = _read(state.module, weight)
+    codes = read(state.module, weight)
     state.counts[INTEGERS] += 1
     make = lambda: kernels.packed_integers(codes)  # noqa: E731  (a name would say no more)
-    return _held(state, (weight, INTEGERS), f"{weight.target}_packed", make)
+    return held(state, (weight, INTEGERS), f"{weight.target}_packed", make)
 
 
 def _columns(state: Lowered, weight: Node) -> tuple[Node, Node]:
     """The nodes that read codes of integers column by column, and their sums."""
-    columns, sums = kernels.packed_columns(_read(state.module, weight))
+    columns, sums = kernels.packed_columns(read(state.module, weight))
     state.counts[TRACED] += 1
     return (
-        _held(state, (weight, TRACED), f"{weight.target}_columns", lambda: columns),
-        _held(state, (weight, "sums"), f"{weight.target}_sums", lambda: sums),
+        held(state, (weight, TRACED), f"{weight.target}_columns", lambda: columns),
+        held(state, (weight, "sums"), f"{weight.target}_sums", lambda: sums),
     )
-
-
-def _held(state: Lowered, key: tuple[object, ...], name: str, make: Callable[[], Tensor]) -> Node:
-    """A node at the beginning that reads a new tensor of the module, made once."""
-    if key not in state.held:
-        set_tensor(state.module, name, make())
-        graph = state.module.graph
-        with graph.inserting_before(next(iter(graph.nodes))):
-            state.held[key] = graph.create_node("get_attr", name)
-    return state.held[key]
 
 
 def _read_all(
     module: fx.GraphModule, operands: tuple[Any, Any, Any]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    codes, scales, zeros = (None if o is None else _read(module, o) for o in operands)
+    codes, scales, zeros = (None if o is None else read(module, o) for o in operands)
     if codes is None or scales is None:
         raise ArtifactError(f"a layer of few bits has no codes or no scales ({operands})")
     return codes, scales, zeros
-
-
-def _read(module: fx.GraphModule, node: Node) -> Tensor:
-    found: Any = module
-    for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found
 
 
 def _swap(node: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
