@@ -164,6 +164,7 @@ def keep(path: Path, data: object) -> None:
     aside.replace(path)
 
 
+@functools.cache
 def source_of(score: type) -> bytes:
     """The sources of the module of a score and of those that it is built on."""
     return "".join(sorted(set(_sources(sys.modules[score.__module__])))).encode()
