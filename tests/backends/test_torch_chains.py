@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def functions(module: torch.fx.GraphModule) -> Counter[str]:
     return Counter(getattr(node.target, "__name__", str(node.target)) for node in calls)
 
 
-def test_a_layer_of_an_encoder_is_four_products(tmp_path) -> None:
+def test_a_layer_of_an_encoder_is_four_products(tmp_path: Path) -> None:
     torch.manual_seed(0)
     graph, x = quantized(Layer())
     executable = EagerBackend(bfloat16=True).lower(graph)
