@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from lamella import memory
-from lamella.cli.console import Stages, errors_in_one_line, out, show_json
+from lamella.cli.console import Stages, errors_in_one_line, out, show_json, table_of
 from lamella.cli.lazy import api, inputs
 from lamella.rendering import bytes_text, seconds_text
 from lamella.timing import Timing, measure
@@ -87,11 +87,8 @@ def _contender(load: Callable[[], Executable], sizes: tuple[int, int]) -> _Conte
 
 
 def _table(contenders: dict[str, _Contender], timings: dict[str, Timing], title: str) -> Table:
-    table = Table(box=None, title=title, title_justify="left")
-    table.add_column("artifact")
-    table.add_column("backend")
-    for column in ("files", "weights", "memory", "median", "best", "spread", "relative"):
-        table.add_column(column, justify="right")
+    figures = ("files", "weights", "memory", "median", "best", "spread", "relative")
+    table = table_of(title, "artifact", "backend", *figures, numbers=figures)
     first = next(iter(timings.values())).median_seconds
     for name, contender in contenders.items():
         timing, executable, held = timings[name], contender.executable, contender.memory_bytes

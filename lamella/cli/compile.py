@@ -26,6 +26,10 @@ _FormatOption = Annotated[
 _MaxLossOption = Annotated[
     float | None, typer.Option(help="Stop when a pass costs more than this.")
 ]
+_StrictOption = Annotated[
+    bool,
+    typer.Option("--strict", help="A layer that is skipped or whose kernel fails is an error."),
+]
 _LatencyOption = Annotated[
     str | None,
     typer.Option(help="Time the model after every pass, with this batch x sequence: 1x128."),
@@ -68,7 +72,7 @@ def compile_model(  # noqa: PLR0913  (one parameter per option)
         str, typer.Option("--backend", "-b", help="onnxruntime, eager, aot, or one of a plugin.")
     ] = "onnxruntime",
     max_loss: _MaxLossOption = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Skipping a layer is an error.")] = False,
+    strict: _StrictOption = False,
     latency: _LatencyOption = None,
     store: _StoreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -10,13 +10,14 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.status import Status
+from rich.table import Table
 
 from lamella.errors import GIVE_SAMPLES, LamellaError
 
@@ -28,7 +29,10 @@ INTERRUPTED = 130
 
 _GIVE_SAMPLES = "pass --samples with a file of texts or a folder of inputs (samples= in Python)"
 
-out = Console(soft_wrap=False, highlight=False)
+_PIPED = 120
+"""Columns where the output is read by something else than a terminal."""
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -45,6 +49,15 @@ settings = Settings()
 def show_json(value: Any) -> None:
     """Print data for other programs, on a line per entry."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def table_of(title: str, *columns: str, numbers: Collection[str] = ()) -> Table:
+    """A table without rows, with the columns of `numbers` to the right; nothing is cut off."""
+    table = Table(box=None, title=title, title_justify="left")
+    for column in columns:
+        justify = "right" if column in numbers else "left"
+        table.add_column(column, justify=justify, overflow="fold")
+    return table
 
 
 @contextlib.contextmanager

@@ -39,13 +39,17 @@ def explain_input(  # noqa: PLR0913  (options of a command)
     preset: Annotated[
         str, typer.Option(help="Rules: cp, attnlrp, relp, gamma, gradient, ….")
     ] = "cp",
-    ledger: Annotated[bool, typer.Option(help="Say what biases and others kept.")] = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Say what biases and others kept.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
     png: Annotated[
         Path | None,
         typer.Option(help="Write a picture: the map of the pixels, or bars of blocks and heads."),
     ] = None,
-    over: Annotated[bool, typer.Option(help="Draw the map of the pixels over the image.")] = False,
+    over: Annotated[
+        bool, typer.Option("--over", help="Draw the map of the pixels over the image.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--out", help="Write what the ending says: .html, .json, .png.")
     ] = None,
@@ -64,14 +68,16 @@ def explain_input(  # noqa: PLR0913  (options of a command)
         )
     for path, _ in files:
         found.save(path, over=over)
-    _show(found, as_json=as_json)
+    _show(found, [path for path, _ in files], as_json=as_json)
 
 
-def _show(found: Explanation, *, as_json: bool) -> None:
+def _show(found: Explanation, files: list[Path], *, as_json: bool) -> None:
     if as_json:
         show_json(found.data())
         return
     out.print(found.terminal())
+    for path in files:
+        out.print(f"written to {path}", markup=False)
 
 
 def _target(text: str) -> int | str | tuple[int, ...]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lamella.cli.console import Stages, err, errors_in_one_line, out, show_json
+from lamella.cli.console import Stages, err, errors_in_one_line, out, show_json, table_of
 from lamella.cli.lazy import api, machine, probes
 
 if TYPE_CHECKING:
     from lamella.tuning.probes import Probe
 
 _SAMPLE = (1024, 1024)
+_TIMES = ("µs", "without")
 _NARROW = (
     "3, 5 and 6 bits have no kernel: such weights are held in 4, 8 and 8 bits and stored in their "
     "own width by checkpoints"
@@ -58,12 +59,9 @@ def list_formats(
 
 
 def _table(probes: list[Probe], title: str) -> Table:
-    table = Table(box=None, title=title, title_justify="left")
-    for column in ("layer", "format", "bits/weight", "activations", "kernel", "µs", "without"):
-        table.add_column(column, justify="right" if column in ("µs", "without") else "left")
     refused = any(one.obstacle for one in probes)
-    if refused:
-        table.add_column("not offered")
+    columns = ("layer", "format", "bits/weight", "activations", "kernel", *_TIMES)
+    table = table_of(title, *columns, *["not offered"] * refused, numbers=_TIMES)
     for one in probes:
         format = one.format
         cells = (

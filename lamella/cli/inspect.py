@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lamella.cli.console import Stages, errors_in_one_line, out, show_json
+from lamella.cli.console import Stages, errors_in_one_line, out, show_json, table_of
 from lamella.cli.lazy import api, cost, ops
 from lamella.rendering import bytes_text
 
@@ -68,11 +68,8 @@ def _summary(graph: Graph, counted: CostAt) -> Table:
 
 
 def _blocks(graph: Graph, counted: CostAt) -> Table:
-    table = Table(box=None, title="\nblocks", title_justify="left")
-    table.add_column("name")
-    table.add_column("sublayers")
-    for column in ("weights", "share", "GFLOP"):
-        table.add_column(column, justify="right")
+    figures = ("weights", "share", "GFLOP")
+    table = table_of("\nblocks", "name", "sublayers", *figures, numbers=figures)
     whole = max(counted.total.stored_bytes, 1)
     for block in graph.blocks:
         numbers = counted.per_block[block.name]
@@ -87,9 +84,7 @@ def _blocks(graph: Graph, counted: CostAt) -> Table:
 
 
 def _operators(graph: Graph) -> Table:
-    table = Table(box=None, title="\noperators", title_justify="left")
-    table.add_column("name")
-    table.add_column("count", justify="right")
+    table = table_of("\noperators", "name", "count", numbers=("count",))
     for name, count in _operator_counts(graph).most_common():
         table.add_row(name, str(count))
     return table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from lamella.cli.console import Stages, errors_in_one_line, out, show_json
+from lamella.cli.console import Stages, errors_in_one_line, out, show_json, table_of
 from lamella.cli.front import check_picture, draw_front
 from lamella.cli.lazy import api, recipe, sample_files
 
@@ -85,11 +85,8 @@ def _write(report: ParetoReport, folder: Path) -> None:
 def _table(report: ParetoReport) -> Table:
     measured = any(point.measured is not None for point in report.points)
     timed = any(point.milliseconds is not None for point in report.points)
-    table = Table(box=None, title=f"loss by {report.by}, {report.unit}", title_justify="left")
-    for column in ("bits a weight", "MB", *(["ms"] if timed else []), "predicted"):
-        table.add_column(column, justify="right")
-    if measured:
-        table.add_column("measured", justify="right")
+    columns = ("bits a weight", "MB", *["ms"] * timed, "predicted", *["measured"] * measured)
+    table = table_of(f"loss by {report.by}, {report.unit}", *columns, numbers=columns)
     for point in report.points:
         row = [f"{point.bits:.3f}", f"{point.bytes / 1e6:.3f}"]
         row += [f"{point.milliseconds:.3g}"] if point.milliseconds is not None else []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lamella.cli.console import Stages, err, errors_in_one_line, out, show_json
+from lamella.cli.console import Stages, err, errors_in_one_line, out, show_json, table_of
 from lamella.cli.lazy import api, machine, survey, tuner
 
 if TYPE_CHECKING:
@@ -77,12 +77,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _table(lines: tuple[Line, ...], rows: tuple[int, ...], title: str) -> Table:
-    table = Table(box=None, title=title, title_justify="left")
-    table.add_column("in x out")
-    table.add_column("format")
-    for count in rows:
-        table.add_column(f"ms, {count} row{'s' if count > 1 else ''}", justify="right")
-    table.add_column("GB/s", justify="right")
+    figures = (*(f"ms, {count} row{'s' if count > 1 else ''}" for count in rows), "GB/s")
+    table = table_of(title, "in x out", "format", *figures, numbers=figures)
     for line in lines:
         table.add_row(
             f"{line.inputs} x {line.outputs}",

@@ -107,7 +107,7 @@ def _check_class(label: int, text: str, value: Tensor) -> None:
 
 def _named(text: str, graph: Graph, tokenizer: Callable[..., Any] | None) -> Start:
     value = graph.outputs[0].meta["val"]
-    labels = _labels(graph)
+    labels = _labels(graph, value.shape[-1])
     if text in labels:
         return _of_class(labels[text], f"class {text!r}", value)
     kind = text.partition(":")[0]
@@ -122,14 +122,18 @@ def _named(text: str, graph: Graph, tokenizer: Callable[..., Any] | None) -> Sta
     word = _token(text, tokenizer)
     if word is not None and value.ndim == 3:
         return _of_class(word, f"token {text!r}", value)
+    known = known_names(text, labels) if labels else ""
     raise SamplesError(
-        f"there is no class {text!r}{known_names(text, labels)}; a target is also an index, a "
+        f"there is no class {text!r}{known}; a target is also an index, a "
         f"seed such as 'logit' or 'contrastive:3', or one token of the vocabulary"
     )
 
 
-def _labels(graph: Graph) -> dict[str, int]:
+def _labels(graph: Graph, classes: object) -> dict[str, int]:
+    """The names of classes; a model that has others keeps two that mean nothing in its config."""
     found: Any = (graph.origin.config or {}).get("id2label") or {}
+    if len(found) != classes:
+        return {}
     return {str(label): int(number) for number, label in dict(found).items()}
 
 

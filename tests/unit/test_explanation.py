@@ -159,7 +159,7 @@ def test_pixels_of_one_image_sum_up_without_biases():
         (64, "there are 64"),
         ("contrastive:3,4,5", "names its classes wrong"),
         ("difference:3,99", "class 99 of 'difference:3,99' does not exist: there are 64"),
-        ("nothing-like-it", "no class"),
+        ("nothing-like-it", "no class 'nothing-like-it'; a target is also"),
         (1.5, "a target is"),
         (torch.zeros(1, 2, 3), "shape"),
     ],
