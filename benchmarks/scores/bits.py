@@ -22,11 +22,16 @@ logger = logging.getLogger(__name__)
 
 RANDOM_SEEDS = 10
 
-SETTINGS: Mapping[str, Mapping[str, int]] = {"hawq-eigenvalue": {"sequences": 1, "rounds": 6}}
-"""Settings of scores that would take an hour."""
+SETTINGS: Mapping[str, Mapping[str, int]] = {
+    "hawq-eigenvalue": {"sequences": 1, "rounds": 6},
+    "lm hawq": {"sequences": 2},
+    "lm hawq-eigenvalue": {"sequences": 1, "rounds": 2},
+}
+"""Settings of scores that would take an hour, of all models or of one."""
 
-OF_PRESETS = 96
-"""Sequences of a set that rules of relevance are compared on: about three forward runs."""
+OF_PRESETS: Mapping[str, int] = {"vit": 96, "minilm": 96, "lm": 32}
+"""Sequences of a set that rules of relevance are compared on: about three forward runs, and one
+of the language model, whose sequences hold most tokens."""
 
 NOTES: Mapping[str, tuple[str, ...]] = {
     "vit": ("The sets hold the 200 images for calibration and 184 of those trained on, mixed.",)
@@ -45,26 +50,30 @@ ZD_VARIANTS: tuple[Mapping[str, Any], ...] = (
 Builder = Callable[[int], BitScore]
 
 
-def builders() -> dict[str, Builder]:
+def builders(case: Case) -> dict[str, Builder]:
     """Label -> the score for a seed."""
-    found: dict[str, Builder] = {name: _registered(name) for name in BIT_SCORES}
+    found: dict[str, Builder] = {name: _registered(name, case.name) for name in BIT_SCORES}
     for options in ZD_VARIANTS:
         told = " ".join(f"{name}={value}" for name, value in options.items())
         found[f"zd {told}"] = _zd(options)
     for preset in ("gradient", "relp", "attnlrp", "cp"):
-        found[f"relevance preset={preset} draws=1"] = _relevance(preset, "drawn")
-    found["relevance start=logit"] = _relevance("gradient", "logit")
+        found[f"relevance preset={preset} draws=1"] = _relevance(case.name, preset, "drawn")
+    found["relevance start=logit"] = _relevance(case.name, "gradient", "logit")
     return found
 
 
-def _registered(name: str) -> Builder:
-    options = SETTINGS.get(name, {})
+def _registered(name: str, model: str) -> Builder:
+    options = _settings(name, model)
     return lambda seed: with_options(bit_score(name, FORMATS, seed=seed), **options)
 
 
-def _relevance(preset: str, start: str) -> Builder:
+def _settings(name: str, model: str) -> Mapping[str, int]:
+    return SETTINGS.get(f"{model} {name}", SETTINGS.get(name, {}))
+
+
+def _relevance(model: str, preset: str, start: str) -> Builder:
     return lambda seed: RelevanceBits(
-        FORMATS, preset=preset, start=start, sequences=OF_PRESETS, draws=1, seed=seed
+        FORMATS, preset=preset, start=start, sequences=OF_PRESETS[model], draws=1, seed=seed
     )
 
 
@@ -99,7 +108,7 @@ class Judge:
 def rows_of(judge: Judge, only: Sequence[str]) -> dict[str, tuple[object, ...]]:
     """Label -> figures of every score."""
     rows: dict[str, tuple[object, ...]] = {}
-    for label, build in builders().items():
+    for label, build in builders(judge.case).items():
         if only and label not in only:
             continue
         try:
@@ -144,8 +153,9 @@ def table(case: Case, only: Sequence[str]) -> Result:
             f"seed of its own (random: {RANDOM_SEEDS} seeds; without data: once), and [95 % of "
             "sets and of unseen sequences drawn with replacement].",
             "Sequences of a set that are taken: "
-            + ", ".join(f"{label} {count}" for label, count in _fewer().items())
-            + "; others take all. hawq-eigenvalue: at most 6 rounds of power iteration.",
+            + ", ".join(f"{label} {count}" for label, count in _fewer(case).items())
+            + "; others take all. hawq-eigenvalue: at most "
+            f"{_settings('hawq-eigenvalue', case.name)['rounds']} rounds of power iteration.",
             "Scores of blocks (lim, zd, luq, owl, ends) and of branches (similarity) are priors: "
             "scaled to [0.1, 1] and multiplied by the relative error of the weight in a width, as "
             "allocate-bits does; hawq multiplies the mean curvature by the squared error, as its "
@@ -160,9 +170,11 @@ def table(case: Case, only: Sequence[str]) -> Result:
     )
 
 
-def _fewer() -> dict[str, int]:
+def _fewer(case: Case) -> dict[str, int]:
     """Label -> sequences, of scores that take a part of a set."""
     counts = {
-        label: Run.taken(build(0)) for label, build in builders().items() if build(0).needs_samples
+        label: Run.taken(build(0))
+        for label, build in builders(case).items()
+        if build(0).needs_samples
     }
     return {label: count for label, count in counts.items() if count < SEQUENCES}

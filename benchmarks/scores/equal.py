@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.record import Result
@@ -14,7 +14,7 @@ from lamella.passes.scores import BitScore
 
 logger = logging.getLogger(__name__)
 
-FORWARDS = 3.0
+FORWARDS: Mapping[str, float] = {"vit": 3.0, "minilm": 3.0, "lm": 1.0}
 """What every score may cost, in forward runs of a whole set."""
 
 WITHIN = 0.06
@@ -38,16 +38,16 @@ class Fitted:
 
 def fitted(case: Case, build: Builder) -> Fitted:
     """The number of sequences from the cost of others, measured again at that number."""
-    score = build(0)
+    score, price = build(0), FORWARDS[case.name]
     if not score.needs_samples:
         return Fitted(0, standard(case, build))
     counts = {Run.taken(score): cost(case, score, Run.taken(score))}
     while len(counts) < 4:
-        count = better(counts)
+        count = better(counts, price)
         if count in counts:
             break
         counts[count] = cost(case, _alone(score), count)
-    count = min(counts, key=lambda one: abs(counts[one] - FORWARDS))
+    count = min(counts, key=lambda one: abs(counts[one] - price))
     if count == Run.taken(score):
         return Fitted(count, standard(case, build))
     # All sequences there are can be taken once.
@@ -56,15 +56,15 @@ def fitted(case: Case, build: Builder) -> Fitted:
     return Fitted(count, [found_of(run, count=run.seed == 0) for run in runs])
 
 
-def better(counts: dict[int, float]) -> int:
+def better(counts: dict[int, float], price: float) -> int:
     """Where a straight line through the two nearest costs, or one and 0, meets the price."""
-    near = sorted(counts, key=lambda one: abs(counts[one] - FORWARDS))[:2]
+    near = sorted(counts, key=lambda one: abs(counts[one] - price))[:2]
     count = near[0]
-    if abs(counts[count] / FORWARDS - 1.0) < WITHIN:
+    if abs(counts[count] / price - 1.0) < WITHIN:
         return count
     other, paid = (near[1], counts[near[1]]) if len(near) > 1 else (0, 0.0)
     slope = (counts[count] - paid) / (count - other)
-    return min(MOST, max(1, round(count + (FORWARDS - counts[count]) / slope)))
+    return min(MOST, max(1, round(count + (price - counts[count]) / slope)))
 
 
 def cost(case: Case, score: BitScore, count: int) -> float:
@@ -81,14 +81,15 @@ def _alone(score: BitScore) -> BitScore:
 
 def table(cases: Sequence[Case], only: Sequence[str]) -> Result:
     """One row for each score, with the figures of all models side by side."""
-    labels = [label for label in builders() if not only or label in only]
+    labels = [label for label in builders(cases[0]) if not only or label in only]
     columns = [_rows(Judge.of(case), labels) for case in cases]
     parts = ("sequences", "products", "Spearman", "regret")
     rows = [(label, *(cell for rows in columns for cell in rows[label])) for label in labels]
     return Result(
         "scores_bits_equal",
-        f"Scores of weights at equal cost, {FORWARDS:g} forward runs of {SEQUENCES} sequences, "
-        "against the measured loss of each single rounding",
+        f"Scores of weights at equal cost in forward runs of {SEQUENCES} sequences ("
+        + ", ".join(f"{case.name}: {FORWARDS[case.name]:g}" for case in cases)
+        + "), against the measured loss of each single rounding",
         ("score", *(f"{case.name}: {part}" for case in cases for part in parts)),
         rows,
         (
@@ -107,7 +108,7 @@ def table(cases: Sequence[Case], only: Sequence[str]) -> Result:
 def _rows(judge: Judge, labels: Sequence[str]) -> dict[str, tuple[object, ...]]:
     rows: dict[str, tuple[object, ...]] = {}
     for label in labels:
-        one = fitted(judge.case, builders()[label])
+        one = fitted(judge.case, builders(judge.case)[label])
         rank, _, regret = judge.figures(one.found)
         rows[label] = (one.count or "-", one.found[0].products, rank, regret)
         logger.info("%s: %s: %s", judge.case.name, label, rows[label])

@@ -53,7 +53,7 @@ def table(cases: Sequence[Case]) -> Result:
 
 
 def _rows(judge: Judge) -> Iterator[tuple[object, ...]]:
-    build = builders()
+    build = builders(judge.case)
     scores: dict[str, Table] = {
         name: found_of(Run.of(judge.case, build[name](0), 0)).losses for name in SCORES
     }
