@@ -1,6 +1,7 @@
 """The memory that quantizing a model takes, for random Llamas of some widths and depths.
 
-    python -m benchmarks.quantize_memory [--cases 768x12 1024x31] [--runs 3] [--anew] [--record]
+    python -m benchmarks.quantize_memory [--cases 768x12 1024x31] [--runs 3] [--ways in-use default]
+        [--anew] [--record]
 
 Each run is a process of its own, which makes the model, captures it, and forgets how much memory
 that took (``/proc/self/clear_refs``, Linux). The peak is the most resident memory from there to
@@ -40,9 +41,19 @@ CASES = ("768x3", "768x12", "1024x6", "1024x31")
 """Width x blocks; 768x12 has 88 million weights, 1024x31 has 357."""
 
 KEPT = Path(".cache/quantize_memory.json")
-BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+WAYS: dict[str, dict[str, str]] = {
+    "in-use": {"MALLOC_MMAP_THRESHOLD_": "65536"},
+    "default": {},
+}
+"""Which variables a process has."""
+
 KEPT = Path(".cache/quantize_memory.json")
-BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+WAYS: dict[str, dict[str, str]] = {
+    "in-use": {"MALLOC_MMAP_THRESHOLD_": "65536"},
+    "default": {},
+}
+"""Which variables a process has."""
+
 ROWS, TOKENS, BATCHES = 4, 128, 2
 OPTIONS: dict[str, Any] = {
     "bits": 4,
@@ -105,9 +116,8 @@ def measure(case: str, options: dict[str, Any]) -> Measured:
     return Measured(weights / 1e6, codes, peak - codes, seconds)
 
 
-def run(case: str, *, gives_back: bool) -> Measured:
+def run(case: str, environment: Mapping[str, str]) -> Measured:
     """One process."""
-    environment = BACK if gives_back else {}
     with _environment(environment), multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, (case, OPTIONS))
 
@@ -122,7 +132,7 @@ def row(case: str, back: Sequence[Measured], kept: Sequence[Measured]) -> list[A
         round(back[0].codes),
         _median([one.peak for one in back]),
         _median([one.peak for one in kept]),
-        round(statistics.median(one.seconds for one in kept)),
+        round(min(one.seconds for one in kept)),
     ]
 
 
@@ -131,7 +141,7 @@ def _median(values: list[float]) -> str:
 
 
 @contextmanager
-def _environment(given: dict[str, str]) -> Generator[None]:
+def _environment(given: Mapping[str, str]) -> Generator[None]:
     """Variables for processes that start meanwhile; the C library reads them when one starts."""
     before = dict(os.environ)
     os.environ.update(given)
@@ -156,23 +166,24 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=list(CASES), metavar="WIDTHxBLOCKS")
     parser.add_argument("--runs", type=int, default=3, help="of each kind")
     parser.add_argument("--record", action="store_true", help="write the table of results")
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--anew", action="store_true", help="forget the runs of before")
     options = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {}
     if KEPT.exists() and not options.anew:
         found = json.loads(KEPT.read_text())
-    for case, gives_back in product(options.cases, [True, False] * options.runs):
-        one = run(case, gives_back=gives_back)
-        found.setdefault(f"{case} {gives_back}", []).append(asdict(one))
+    for case, way in product(options.cases, options.ways * options.runs):
+        one = run(case, WAYS[way])
+        found.setdefault(f"{case} {way}", []).append(asdict(one))
         KEPT.write_text(json.dumps(found))
-        print(case, gives_back, one, flush=True)
+        print(case, way, one, flush=True)
     result = table({name: [Measured(**one) for one in several] for name, several in found.items()})
     result.publish() if options.record else result.show()
 
 
 def table(runs: Mapping[str, Sequence[Measured]]) -> Result:
     """All cases that ran in both ways."""
-    pairs = [(case, runs.get(f"{case} True"), runs.get(f"{case} False")) for case in CASES]
+    pairs = [(case, runs.get(f"{case} in-use"), runs.get(f"{case} default")) for case in CASES]
     fewest = min(map(len, runs.values()))
     listed = " ".join(f"{name}={value}" for name, value in OPTIONS.items())
     return Result(
@@ -195,7 +206,7 @@ def table(runs: Mapping[str, Sequence[Measured]]) -> Result:
             "too.",
             f"Medians over processes (least-most), {fewest} or more. In use: with "
             "MALLOC_MMAP_THRESHOLD_=65536, with which freed tensors go back at once; beside it as "
-            "the C library does it by default. Seconds are beside other work.",
+            "the C library does it by default. Seconds: the least, beside other work.",
         ),
     )
 
