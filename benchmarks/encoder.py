@@ -39,11 +39,12 @@ Inputs = Mapping[str, Tensor]
 Contender = Callable[[Inputs], Tensor]
 """From the inputs to the last hidden state."""
 
+STATIC = ("quantize-weights bits=8 activations=int8-tensor", "fix-ranges")
 PASSES = {
     "lamella int8": ("quantize-weights bits=8 activations=int8",),
     "lamella int8, one scale": ("quantize-weights bits=8 activations=int8-tensor",),
+    "lamella int8, fixed ranges": STATIC,
 }
-STATIC = ("quantize-weights bits=8 activations=int8-tensor", "fix-ranges")
 FULL = "onnxruntime fp32"
 OUTPUT = "last_hidden_state"
 CALIBRATION, HELD_OUT, TOKENS = 32, 200, 128

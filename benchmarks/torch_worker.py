@@ -72,7 +72,7 @@ def compiled(path: str, dtype: str, package: str) -> Run:
         axes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
         with torch.no_grad():
             program = torch.export.export(
-                LastHidden(model), (ids, ids), dynamic_shapes=(axes, axes), strict=False
+                LastHidden(model), (ids, ids.clone()), dynamic_shapes=(axes, axes), strict=False
             )
             compile_package(program, Path(package), with_weights=True)
     runner = load_package(Path(package))
