@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from lamella.data import Batch, Samples
+from lamella.errors import LossError
 from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.passes.base import Analyses, Transform, gradients_possible
@@ -127,11 +128,16 @@ def _tell_failure(instruments: Sequence[Instrument], step: Step, error: BaseExce
 
 
 def _add_notes(error: BaseException, step: Step, edits: int) -> None:
-    """Name the pass, and the node and operator that it edited last."""
+    """Name the pass, and the node and operator that it edited last.
+
+    A loss is that of all edits: the last one says nothing about it.
+    """
     place = f"pass {step.index + 1} of {len(step.pipeline)}"
     error.add_note(f"in {place}: {step.transform.spelling!r}")
     last = step.graph.last_edit
-    if step.graph.edits > edits and last is not None:
+    if isinstance(error, LossError) or last is None:
+        return
+    if step.graph.edits > edits and last.author == step.transform.name:
         error.add_note(f"its last edit: {last}")
 
 

@@ -145,8 +145,10 @@ def test_a_broken_invariant_is_found_by_the_verifier(culprit: Transform):
 def test_a_loss_above_the_limit_stops_the_pipeline():
     graph = network()
     before = state(graph)
-    with pytest.raises(LossError, match=r"'shrink factor=0\.1' costs kl .* allowed is a loss of"):
+    says = r"'shrink factor=0\.1' costs kl .* allowed is a loss of"
+    with pytest.raises(LossError, match=says) as caught:
         run_passes(graph, [Shrink(0.999), Shrink(0.1)], max_loss=1e-4)
+    assert caught.value.__notes__ == ["in pass 2 of 2: 'shrink factor=0.1'"]
     assert_same_state(graph, before)
     assert run_passes(graph, [Shrink(0.999)], max_loss=1e-4).loss is not None
 
