@@ -12,15 +12,19 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+_PREFIXES = ("k", "M", "G", "T")
+
 
 def bytes_text(count: float) -> str:
     """``"1.5 MB"``; powers of 1000."""
-    return _scaled(count, "B", ("k", "M", "G", "T"))
-
-
-def count_text(count: float) -> str:
-    """``"1.5 M"``; powers of 1000."""
-    return _scaled(count, "", ("k", "M", "G", "T", "P")).rstrip()
+    value = float(count)
+    if abs(value) < 1000:
+        return f"{value:.10g} B"
+    for prefix in _PREFIXES:
+        value /= 1000
+        if abs(value) < 999.5 or prefix == _PREFIXES[-1]:
+            return f"{value:.3g} {prefix}B"
+    raise AssertionError("the last prefix always returns")
 
 
 def seconds_text(seconds: float) -> str:
@@ -34,17 +38,6 @@ def seconds_text(seconds: float) -> str:
         if seconds >= factor:
             return f"{seconds / factor:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
-
-
-def _scaled(count: float, unit: str, prefixes: tuple[str, ...]) -> str:
-    value = float(count)
-    if abs(value) < 1000:
-        return f"{value:.10g} {unit}".rstrip()
-    for prefix in prefixes:
-        value /= 1000
-        if abs(value) < 999.5 or prefix == prefixes[-1]:
-            return f"{value:.3g} {prefix}{unit}"
-    raise AssertionError("the last prefix always returns")
 
 
 @dataclass(frozen=True)
