@@ -111,8 +111,8 @@ def cached_attention(call: Call) -> Work:
     pairs = product((*batch, queries, kept[2]))
     values = call.shape("value")[-1]
     work = call.work(SOFTMAX * pairs, 2 * pairs * (width + values))
-    held = call.operand("past_key").meta["val"].dtype.itemsize
-    cache = product((*kept, width + values)) * held
+    key, value = (call.operand(f"past_{n}").meta["val"].dtype.itemsize for n in ("key", "value"))
+    cache = product((*kept, width * key + values * value))
     return replace(work, cache_bytes=cache)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lamella.errors import IncrementalError, PassError
+from lamella.errors import IncrementalError, PassError, SamplesError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import aten, lam
 from lamella.ir.reducers import Reducer, State
@@ -17,12 +17,12 @@ from lamella.ir.runner import Request
 from lamella.ir.symbols import shape_of
 from lamella.passes.analyses.caches import Kept, kept_of
 from lamella.passes.base import Analyses, Effect, Transform
+from lamella.rewrite.incremental.kept import BITS, ZERO
 from lamella.rewrite.incremental.roles import tokens_of
 
-BITS = 8
-LARGEST = 127
+_LARGEST = 127
 _SMALLEST_STEP = 1e-8
-"""For channels that are zero in all samples."""
+"""For channels that are zero in all samples; in float16 the smallest that is normal."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class QuantizeCache(Transform):
 
     Raises:
         PassError: The model does not generate, no attention of it is one operator, or its caches
-            hold codes already; samples that overflow.
+            hold codes already.
+        SamplesError: The samples give keys or values that are NaN or infinite.
 
     References:
         [LiuZ2024], for scales of channels.
@@ -84,12 +85,12 @@ class QuantizeCache(Transform):
         known = analyses.statistics(requests.values())
         for node, request in requests.items():
             if not bool(known[request].isfinite().all()):
-                raise PassError(
-                    f"the samples give {node.name} values that are not finite; leave out the "
-                    f"samples that overflow"
+                raise SamplesError(
+                    f"the samples give {node.name} entries that are NaN or infinite; look for "
+                    f"inputs or weights that overflow"
                 )
         dtype = next(iter(nodes)).meta["val"].dtype
-        zero = graph.add_weight("cache.zero", torch.tensor(float(LARGEST + 1), dtype=dtype))
+        zero = graph.add_weight("cache.zero", torch.tensor(float(ZERO), dtype=dtype))
         rounded = {
             node: _rounded(graph, node, known[request], zero, number)
             for number, (node, request) in enumerate(requests.items())
@@ -136,7 +137,9 @@ def _largest(node: Node) -> Request:
 
 def _rounded(graph: Graph, node: Node, largest: Tensor, zero: Node, number: int) -> Node:
     """`node` rounded to the codes of its scales."""
-    steps = (largest / LARGEST).clamp(min=_SMALLEST_STEP).unsqueeze(1)
-    scale = graph.add_weight(f"cache.scale_{number}", steps.to(node.meta["val"].dtype))
+    dtype = node.meta["val"].dtype
+    least = max(_SMALLEST_STEP, torch.finfo(dtype).smallest_normal)
+    steps = (largest / _LARGEST).clamp(min=least).unsqueeze(1)
+    scale = graph.add_weight(f"cache.scale_{number}", steps.to(dtype))
     target = lam.round_uniform.default
     return graph.call(target, node, scale, zero, BITS, after=node, like=node)

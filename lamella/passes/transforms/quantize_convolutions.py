@@ -31,7 +31,6 @@ from lamella.passes.rounding.quantease import QuantEase
 from lamella.passes.rounding.report import tell
 
 _METHODS = ("rtn", "gptq", "quantease")
-_PLACES = ("stride", "padding", "dilation")
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
 Ranges = Mapping[Node, tuple[float, int]]
 """A value -> the step and the zero of its codes."""
