@@ -169,16 +169,22 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--anew", action="store_true", help="forget the runs of before")
     options = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {}
-    if KEPT.exists() and not options.anew:
-        found = json.loads(KEPT.read_text())
+    if options.anew:
+        KEPT.unlink(missing_ok=True)
     for case, way in product(options.cases, options.ways * options.runs):
         one = run(case, WAYS[way])
+        found = kept_runs()
         found.setdefault(f"{case} {way}", []).append(asdict(one))
         KEPT.write_text(json.dumps(found))
         print(case, way, one, flush=True)
+    found = kept_runs()
     result = table({name: [Measured(**one) for one in several] for name, several in found.items()})
     result.publish() if options.record else result.show()
+
+
+def kept_runs() -> dict[str, list[dict[str, float]]]:
+    """Case and way -> the runs so far."""
+    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
 
 
 def table(runs: Mapping[str, Sequence[Measured]]) -> Result:
