@@ -47,10 +47,15 @@ class Fisher(BitScore):
     independent, and is off by more where they are not (vision transformers).
 
     It costs a forward run of each sequence, and for each draw a backward run and one product
-    per weight, as a backward run of training: three forward runs with one draw. A draw of a
+    per weight, as a backward run of training: three forward runs with one draw, and for each
+    format as many products as one more token of each sequence has. Tokens without a gradient
+    (padding, or those that a classifier does not look at) save theirs. Weights are rounded once,
+    which takes no products. More than a gigabyte of errors takes all runs once more. A draw of a
     sequence says little (the squares that are averaged spread by 1.4 times their mean), so
-    sequences should be many rather than long: 128 of them need one draw each. The time is that
-    of four to five forward runs where sequences are short or layers narrow.
+    sequences should be many rather than long: 128 of them need one draw each.
+
+    Sequences run in the batches of the samples, cut where a batch holds more than a gigabyte of
+    values, and one at a time where an operation might mix them; a remark says which.
 
     The report also knows what several weights lose together (`Interactions`): errors of
     neighboring layers often point the same way, and losses of single weights don't add up then.
@@ -58,7 +63,7 @@ class Fisher(BitScore):
     Attributes:
         formats: The formats to score.
         int8_activations: Whether the kernel rounds its input to 8 bits.
-        sequences: How many sequences of the samples run, one at a time.
+        sequences: How many sequences of the samples run.
         draws: Losses per sequence; None means as many as make 128 with all sequences, at most 8.
         seed: Of the draws.
 
@@ -93,7 +98,7 @@ class Fisher(BitScore):
             effects = _Effects(graph, sites, rounded, int8_activations=self.int8_activations)
             found = GradientRun(graph, target, sites, [effects, taps])
             self._draws().run(found, target, samples)
-            tokens, remark = found.tokens, found.remark
+            tokens, remark = found.tokens, remark or found.remark
             for site in sites:
                 projections[site.weight] = effects.projections(site, tokens)
                 rounding[site.weight] = effects.rounding(site, tokens)
@@ -155,7 +160,7 @@ class _Effects(Watcher):
         }
         self._none = torch.zeros(0, len(formats), dtype=torch.float64)
         self._running = dict.fromkeys(self._errors, self._none)
-        self._projections: dict[str, list[Tensor]] = {name: [] for name in self._errors}
+        self._projections: dict[str, list[list[Tensor]]] = {name: [] for name in self._errors}
         self._rounding = dict.fromkeys(self._errors, self._none.sum(0))
         self._changes: dict[tuple[Node, int], Tensor] = {}
 
@@ -164,6 +169,8 @@ class _Effects(Watcher):
         self._none = self._none.new_zeros(sequences, len(self._formats))
         self._running = dict.fromkeys(self._errors, self._none)
         self._changes.clear()
+        for batches in self._projections.values():
+            batches.append([])
 
     def outputs(self, reader: Node, read: Tensor, gradient: Tensor) -> None:
         """Project on the errors of the weight; what several readers give is added."""
@@ -188,12 +195,16 @@ class _Effects(Watcher):
     def finish(self) -> None:
         """The gradients of one loss of each sequence are complete."""
         for name, projected in self._running.items():
-            self._projections[name].append(projected)
+            self._projections[name][-1].append(projected)
         self._running = dict.fromkeys(self._errors, self._none)
 
     def projections(self, site: Site, tokens: int) -> dict[Format, Tensor]:
-        """For each format ``[draws]``, with a loss per token as the sum of squares."""
-        found = torch.cat(self._projections[site.weight]) * (0.5 / max(tokens, 1)) ** 0.5
+        """For each format ``[draws]``, with a loss per token as the sum of squares.
+
+        All draws of a sequence stand together, however sequences are batched.
+        """
+        each = [torch.stack(draws, dim=1).flatten(0, 1) for draws in self._projections[site.weight]]
+        found = torch.cat(each) * (0.5 / max(tokens, 1)) ** 0.5
         return dict(zip(self._formats, found.unbind(1), strict=True))
 
     def rounding(self, site: Site, tokens: int) -> dict[Format, float]:
@@ -232,15 +243,23 @@ def _of_matrix(errors: Tensor, read: Tensor, gradient: Tensor) -> Tensor:
     _, out, features = errors.shape
     rows = max(1, min(out, _GRADIENT_BYTES // (4 * features)))
     step = max(1, _GRADIENT_BYTES // (4 * rows * features))
-    read = read.float()
     found = gradient.new_zeros(len(gradient), len(errors))
-    for row in range(0, out, rows):
-        flat = errors[:, row : row + rows].flatten(1).t()
-        own = gradient[..., row : row + rows].mT
-        for start in range(0, len(found), step):
-            made = torch.bmm(own[start : start + step], read[start : start + step])
-            found[start : start + step] += made.flatten(1) @ flat
+    pieces = zip(read.float().split(step), gradient.split(step), found.split(step), strict=True)
+    for x, g, total in pieces:
+        x, g = _without_zeros(x, g)
+        for own, error in zip(g.split(rows, dim=2), errors.split(rows, dim=1), strict=True):
+            total += torch.bmm(own.mT, x).flatten(1) @ error.flatten(1).t()
     return found
+
+
+def _without_zeros(read: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Without tokens that have no gradient: padding, or all but one that is classified by."""
+    # A few channels tell where it is worth while to look at all of them.
+    if int((gradient[..., :4] != 0).any(-1).sum(1).max()) > 0.9 * gradient.shape[1]:
+        return read, gradient
+    seen = (gradient != 0).any(-1)
+    places = seen.int().argsort(1, descending=True)[:, : int(seen.sum(1).max()), None]
+    return torch.take_along_dim(read, places, 1), torch.take_along_dim(gradient, places, 1)
 
 
 def _squared_sum(value: Tensor) -> float:

@@ -45,7 +45,7 @@ class FisherGram(BitScore):
     Attributes:
         formats: The formats to score.
         int8_activations: Whether the kernel rounds its input to 8 bits.
-        sequences: How many sequences of the samples run backwards, one at a time.
+        sequences: How many sequences of the samples run backwards.
         draws: Losses per sequence; None means as many as make 128 with all sequences, at most 8.
         seed: Of the draws.
 

@@ -18,6 +18,7 @@ from lamella.ir.operators import REFERENCE
 from lamella.ir.ops import aten, lam
 from lamella.ir.rounding_operators import ROUNDING_REFERENCE
 from lamella.ir.segments import Values, program
+from lamella.passes.scores.attention import attention
 from lamella.passes.scores.sequences import HeldBytes, find_sequences
 from lamella.passes.scores.target import LossTarget, sequence_count, split_batches
 from lamella.passes.sites import Site
@@ -120,8 +121,11 @@ class GradientRun:
         for segment in self._running.segments:
             weights = segment.read_weights(self._running.graph)
             calls = differentiable(segment.nodes)
-            linears = [node for node in segment.nodes if self._is_linear(node)]
-            calls |= {node: self._linear(node) for node in linears}
+            for node in segment.nodes:
+                if node.target is aten.scaled_dot_product_attention.default:
+                    calls[node] = attention
+                elif node.target is aten.linear.default and node in self._readers:
+                    calls[node] = self._linear(node)
             segment.run(values, weights, self._watch, calls=calls, gradients=True)
         rows = self._target.rows(values)
         self._rows = rows.shape[0]
@@ -156,9 +160,6 @@ class GradientRun:
         self.tokens += self._rows
         for watcher in self._watchers:
             watcher.finish()
-
-    def _is_linear(self, node: Node) -> bool:
-        return node in self._readers and node.target is aten.linear.default
 
     def _watch(self, node: Node, values: Values) -> None:
         if node not in self._readers:

@@ -41,7 +41,7 @@ class Draws:
     """Which losses are taken, and of which sequences.
 
     Attributes:
-        sequences: How many sequences of the samples run, one at a time.
+        sequences: How many sequences of the samples run.
         draws: Losses per sequence; None means as many as make `PROBES` with all sequences, at
             most 8.
         seed: Of the losses.
@@ -101,7 +101,7 @@ class OutputGradients(Analysis[OutputGradientsReport]):
     second moment.
 
     Attributes:
-        sequences: How many sequences of the samples run, one at a time.
+        sequences: How many sequences of the samples run.
         draws: Losses per sequence, each a backward run; None means as many as make 128 with
             all sequences, at most 8.
         seed: Of the losses.
