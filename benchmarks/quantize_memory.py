@@ -132,12 +132,14 @@ def row(case: str, back: Sequence[Measured], kept: Sequence[Measured]) -> list[A
         round(back[0].codes),
         _median([one.peak for one in back]),
         _median([one.peak for one in kept]),
-        round(min(one.seconds for one in kept)),
+        round(min(one.seconds for one in (*back, *kept))),
     ]
 
 
 def _median(values: list[float]) -> str:
-    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
+    if not values:
+        return "-"
+    return f"{statistics.median(values):.0f} of {len(values)} ({min(values):.0f}-{max(values):.0f})"
 
 
 @contextmanager
@@ -188,9 +190,8 @@ def kept_runs() -> dict[str, list[dict[str, float]]]:
 
 
 def table(runs: Mapping[str, Sequence[Measured]]) -> Result:
-    """All cases that ran in both ways."""
-    pairs = [(case, runs.get(f"{case} in-use"), runs.get(f"{case} default")) for case in CASES]
-    fewest = min(map(len, runs.values()))
+    """All cases that ran."""
+    pairs = [(case, *(runs.get(f"{case} {way}", ()) for way in WAYS)) for case in CASES]
     listed = " ".join(f"{name}={value}" for name, value in OPTIONS.items())
     return Result(
         name="quantize_memory",
@@ -204,13 +205,13 @@ def table(runs: Mapping[str, Sequence[Measured]]) -> Result:
             "the same, with what the allocator keeps",
             "seconds",
         ),
-        rows=[row(case, back, kept) for case, back, kept in pairs if back and kept],
+        rows=[row(case, back, kept) for case, back, kept in pairs if back],
         notes=(
             f"quantize-weights {listed}; {BATCHES} samples of {ROWS} x {TOKENS} tokens. Most "
             "resident memory of the process while it quantizes, less that of the process with the "
             "model loaded, less the codes. The embedding and the head (8192 rows) are quantized "
             "too.",
-            f"Medians over processes (least-most), {fewest} or more. In use: with "
+            "Median of so many processes (least-most). In use: with "
             "MALLOC_MMAP_THRESHOLD_=65536, with which freed tensors go back at once; beside it as "
             "the C library does it by default. Seconds: the least, beside other work.",
         ),
