@@ -236,26 +236,6 @@ class MeanCosine(Reducer):
         return state[0] / state[1]
 
 
-@dataclass(frozen=True)
-class MeanDivergence(Reducer):
-    """Mean over tokens of ``KL(softmax(first) || softmax(second))`` in nats, a float64 scalar."""
-
-    arity: ClassVar[int] = 2
-
-    def add(self, state: State | None, *values: Tensor) -> State:
-        """Sum of divergences and count."""
-        first, second = values
-        total = sum(
-            divergence(first[start : start + _ROWS], second[start : start + _ROWS]).sum()
-            for start in range(0, first.shape[0], _ROWS)
-        )
-        return _summed(state, torch.as_tensor(total, dtype=torch.float64), first.shape[0])
-
-    def result(self, state: State) -> Tensor:
-        """A scalar."""
-        return state[0] / state[1]
-
-
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """``KL(softmax(reference) || softmax(logits))`` in nats over the last axis, as float64.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -326,7 +326,8 @@ def test_a_block_that_would_be_padded_is_left_out_where_another_fits() -> None:
 class _Constant:
     """In the place of measured losses: always the same, and what was asked is kept."""
 
-    unit, asked = "relative", list[Any]()
+    unit = "relative"
+    asked: ClassVar[list[Any]]
 
     def __init__(self, *_: Any) -> None:
         """Nothing runs."""
@@ -343,6 +344,7 @@ def test_one_block_of_a_width_is_measured_around_a_plan(
     captured: Callable[[str], Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(anchoring, "Trials", _Constant)
+    monkeypatch.setattr(_Constant, "asked", [], raising=False)
     graph = captured("vit")
     samples = Samples.of([{"pixel_values": torch.zeros(1, 3, 8, 8)}])
     analyses = _run(graph, AllocateBits(budget=5, **_TINY), samples)

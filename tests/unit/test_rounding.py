@@ -325,7 +325,8 @@ def test_rows_that_are_rounded_apart_are_those_of_the_whole_weight(monkeypatch, 
     # 24 rows as 10, 10 and 4. In float64 no entry lies so near to the middle of two codes that
     # the order of a sum decides.
     apart = method.round(weight, format, InputGram(gram, 400))
-    assert apart.codes is not None and apart.codes.shape == (24, 96)
+    assert apart.codes is not None
+    assert apart.codes.shape == (24, 96)
     for name, value in apart.tensors().items():
         torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-12)
     assert set(apart.tensors()) == set(whole)

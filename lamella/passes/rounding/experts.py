@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from lamella.data import Samples
-from lamella.errors import SamplesError
+from lamella.errors import PassError, SamplesError
 from lamella.ir.graph import Graph
 from lamella.ir.ops import lam
 from lamella.ir.quantize import Format, quantize, weight_bytes
@@ -135,8 +135,12 @@ def _rounded(
         if not inputs.tokens:
             result[expert] = quantize(matrix, format).dequantized()
             continue
-        found = rounding.round(matrix, format, inputs)
+        try:
+            found = rounding.round(matrix, format, inputs)
+        except ValueError as error:
+            raise PassError(f"expert {expert} of {name!r} can't be quantized: {error}") from error
         result[expert] = found.value()
+        notes.stored_bytes += 0 if found.exact is None else 4 * found.exact.numel()
         if found.damping == math.inf:
             notes.nearest.append(label)
     return result

@@ -89,7 +89,7 @@ class Gptq(Rounding):
             return None
         turned = weight.t().contiguous()
         values = fed_back(turned, factor, grid.nearest_but(free))
-        damped = inputs.damped(factor.damping) if self.refits else inputs.matrix
+        damped = inputs.damped(factor.damping)
         for _ in range(self.refits):
             values, grid = refitted(turned, values, grid, damped, free)
             values = fed_back(turned, factor, grid.nearest_but(free))

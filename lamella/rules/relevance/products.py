@@ -10,7 +10,6 @@ References:
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable
 from typing import Any
 
@@ -188,9 +187,6 @@ def _einsum_of(place: int, coefficient: Any, terms: list[str], result: str, give
         if letter not in known:
             found = aten.unsqueeze.default(found, axis)
     return found if kept == wanted else aten.expand.default(found, shape)
-
-
-EINSUM_LETTERS = frozenset(string.ascii_letters)
 
 
 def divide(coefficient: Any, output: Any, self: Any, other: Any) -> Coefficients:

@@ -114,24 +114,6 @@ def roles_of(graph: Graph, sources: Iterable[Node]) -> dict[Node, Role]:
     return roles
 
 
-def scores_of_softmax(graph: Graph) -> frozenset[Node]:
-    """The products of two values whose result goes into a softmax."""
-    found: set[Node] = set()
-    todo: list[Node] = [node.all_input_nodes[0] for node in graph.find(aten.softmax.int)]
-    seen: set[Node] = set()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        facts = ops.facts(node.target)
-        if node.target in (aten.matmul.default, aten.einsum.default):
-            found.add(node)
-        elif facts is not None and facts.category in ("elementwise", "view", "cast", "indexing"):
-            todo.extend(node.all_input_nodes)
-    return frozenset(found)
-
-
 def _role(node: Node, roles: Mapping[Node, Role]) -> Role:
     given = [roles[operand] for operand in node.all_input_nodes]
     if not any(role.carries for role in given):
