@@ -172,7 +172,7 @@ def test_attention_as_products_is_the_operator(kind: str) -> None:
     more: dict[str, Any] = {k: v.double() if kind == "added" else v for k, v in MASKS[kind].items()}
     results: list[list[Tensor]] = []
     operator = torch.ops.aten.scaled_dot_product_attention.default
-    kernels: tuple[Callable[..., Tensor], ...] = (attention, operator)
+    kernels: list[Callable[..., Tensor]] = [attention, operator]
     for attend in kernels:
         leaves = [value.clone().requires_grad_() for value in one]
         result = attend(*leaves, **more)
