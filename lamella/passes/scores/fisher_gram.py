@@ -18,6 +18,7 @@ from lamella.passes.scores.base import BitScore, BitScoreReport, finite
 from lamella.passes.scores.error import rounding_requests
 from lamella.passes.scores.input_rounding import InputRounding
 from lamella.passes.scores.output_gradients import (
+    PROBES,
     Draws,
     OutputGradients,
     OutputGradientsReport,
@@ -46,7 +47,7 @@ class FisherGram(BitScore):
         formats: The formats to score.
         int8_activations: Whether the kernel rounds its input to 8 bits.
         sequences: How many sequences of the samples run backwards.
-        draws: Losses per sequence; None means as many as make 128 with all sequences, at most 8.
+        draws: Losses per sequence; None means as many as make 112 with all sequences, at most 8.
         seed: Of the draws.
 
     Raises:
@@ -61,7 +62,7 @@ class FisherGram(BitScore):
 
     formats: tuple[Format, ...] = ()
     int8_activations: bool = True
-    sequences: int = 128
+    sequences: int = PROBES
     draws: int | None = None
     seed: int = 0
 

@@ -21,7 +21,7 @@ from lamella.ir.runner import Request
 from lamella.passes.base import Analyses, Analysis
 from lamella.passes.scores.base import finite
 from lamella.passes.scores.gradients import GradientRun, Watcher
-from lamella.passes.scores.output_gradients import Draws
+from lamella.passes.scores.output_gradients import PROBES, Draws
 from lamella.passes.scores.target import loss_target
 from lamella.passes.sites import Site, find_sites
 
@@ -69,7 +69,7 @@ class IntegerProducts(Analysis[IntegerProductsReport]):
     Attributes:
         numerics: Ways to round inputs, among ``int8-rows``, ``int8-tensor`` and ``int8-static``.
         sequences: How many sequences of the samples run.
-        draws: Losses per sequence; None means as many as make 128 with all sequences, at most 8.
+        draws: Losses per sequence; None means as many as make 112 with all sequences, at most 8.
         seed: Of the draws.
 
     Raises:
@@ -82,7 +82,7 @@ class IntegerProducts(Analysis[IntegerProductsReport]):
     name: ClassVar[str] = "integer-products"
 
     numerics: tuple[str, ...] = get_args(Numerics)
-    sequences: int = 128
+    sequences: int = PROBES
     draws: int | None = None
     seed: int = 0
 

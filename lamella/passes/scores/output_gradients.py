@@ -28,9 +28,10 @@ from lamella.passes.scores.target import (
 )
 from lamella.passes.sites import find_sites
 
-PROBES = 128
-"""Backward runs that are taken where nothing else is said; squares of single draws spread by 1.4
-times their mean, so that a mean of 128 is known to an eighth."""
+PROBES = 112
+"""Sequences, and backward runs, that are taken where nothing else is said; squares of single draws
+spread by 1.4 times their mean, so that a mean of 112 is known to 13 %. Seven eighths of the
+customary 128 samples cost less than three forward runs of all of them."""
 
 _MOST_DRAWS = 8
 """Losses per sequence where nothing else is said: of few sequences many draws know little more."""
@@ -102,7 +103,7 @@ class OutputGradients(Analysis[OutputGradientsReport]):
 
     Attributes:
         sequences: How many sequences of the samples run.
-        draws: Losses per sequence, each a backward run; None means as many as make 128 with
+        draws: Losses per sequence, each a backward run; None means as many as make 112 with
             all sequences, at most 8.
         seed: Of the losses.
 
@@ -112,7 +113,7 @@ class OutputGradients(Analysis[OutputGradientsReport]):
 
     name: ClassVar[str] = "output-gradients"
 
-    sequences: int = 128
+    sequences: int = PROBES
     draws: int | None = None
     seed: int = 0
 
