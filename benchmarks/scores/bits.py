@@ -11,6 +11,7 @@ from benchmarks.record import Result
 from benchmarks.scores.cases import SEQUENCES, SETS, Case
 from benchmarks.scores.found import FORMATS, Found, Run, found_of, with_options
 from benchmarks.scores.judged import BUDGETS, BitsTruth, interval
+from benchmarks.scores.magnitude import MagnitudeBits
 from benchmarks.scores.truth import Measured, bit_losses, measured_on_unseen
 from lamella.errors import LamellaError
 from lamella.passes.scores import BitScore, bit_score
@@ -53,6 +54,7 @@ Builder = Callable[[int], BitScore]
 def builders(case: Case) -> dict[str, Builder]:
     """Label -> the score for a seed."""
     found: dict[str, Builder] = {name: _registered(name, case.name) for name in BIT_SCORES}
+    found["magnitude"] = lambda _: MagnitudeBits(FORMATS)
     for options in ZD_VARIANTS:
         told = " ".join(f"{name}={value}" for name, value in options.items())
         found[f"zd {told}"] = _zd(options)

@@ -13,6 +13,7 @@ from functools import cached_property
 from benchmarks.scores.cases import SEQUENCES, SETS, Case, first
 from benchmarks.scores.found import keep, products_of_forward, source_of
 from benchmarks.scores.judged import DropsTruth
+from benchmarks.scores.magnitude import MagnitudeScore
 from benchmarks.scores.truth import Measured, drop_losses, droppable, outputs, without
 from benchmarks.scores.work import products
 from benchmarks.zoo.cache import ROOT
@@ -141,6 +142,7 @@ def methods() -> dict[str, Method]:
             _relevance(preset, start), by=RelevanceScore
         )
     found |= {name: Method(_registered(name), 0, seeds=1) for name in ("zd", "size")}
+    found["magnitude"] = Method(_magnitude, 0, seeds=1, by=MagnitudeScore)
     found["random"] = Method(_registered("random"), 0, seeds=RANDOM_SEEDS)
     found["lim, again after each drop"] = Method(_again(_lim))
     found["relevance, again after each drop"] = Method(_again(_cp), by=RelevanceScore)
@@ -177,6 +179,11 @@ def _kept(parts: Parts, label: str, method: Method, count: int, seed: int) -> Ch
 def _by_importance(parts: Parts, importance: Mapping[str, float], flops: float = 0.0) -> Picked:
     known = {name: importance[name] for name in parts.names}
     return Picked(known, sorted(known, key=lambda name: known[name]), flops)
+
+
+def _magnitude(parts: Parts, count: int, seed: int) -> Picked:
+    report = Analyses(parts.case.graph).get(MagnitudeScore(parts.level))
+    return _by_importance(parts, report.importance())
 
 
 def _registered(name: str) -> Callable[[Parts, int, int], Picked]:
