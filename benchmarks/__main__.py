@@ -36,6 +36,7 @@ SCRIPTS = {
     "quantizers-seconds": ("benchmarks.quantizers", "--part", "seconds", "--record"),
     "quantize-memory": ("benchmarks.quantize_memory", "--record"),
     "quantization": ("benchmarks.quantization",),
+    "convolutions": ("benchmarks.convolutions", "--record"),
     "vit-bits": ("benchmarks.vit_bits", "--record"),
     "scores": ("benchmarks.scores", "--record"),
     "patching": ("benchmarks.patching", "--record"),
