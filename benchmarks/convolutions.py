@@ -113,8 +113,8 @@ def main() -> None:
         rows,
         (
             f"{len(shown)} images for calibration; KL from the network in float32 and accuracy on "
-            f"{len(images)} others, [95 % of them drawn with replacement]. Convolutions have kernels "
-            "of 8 bits only.",
+            f"{len(images)} others, [95 % of them drawn with replacement]. Convolutions have "
+            "kernels of 8 bits only.",
         ),
     )
     result.publish() if record else result.show()
