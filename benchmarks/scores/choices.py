@@ -35,9 +35,6 @@ RANDOM_SEEDS = 5
 FORWARDS = 3.0
 """What a method may cost, in forward runs of a whole set, where it can be told."""
 
-MOST: Mapping[str, int] = {"vit": 128, "minilm": 128, "lm": 32}
-"""Sequences that relevance sees at most."""
-
 GREEDY = 16
 """Sequences of the greedy choice that may cost what it does."""
 
@@ -157,7 +154,7 @@ def chosen(parts: Parts, label: str, method: Method) -> list[Chosen]:
     count = method.sequences
     if count is None:
         cost = _kept(parts, label, method, method.probe, 0).products
-        most = SEQUENCES if method.by is LimScore else MOST[parts.case.name]
+        most = SEQUENCES if method.by is LimScore else SETS * SEQUENCES
         count = min(most, max(1, round(method.probe * FORWARDS / cost)))
     return [_kept(parts, label, method, count, seed) for seed in range(method.seeds)]
 

@@ -89,12 +89,13 @@ def table(level: Level, cases: Sequence[Case], found: Sequence[Mapping[str, Row]
         (
             "Spearman: with the loss without each single one. Regret: measured loss without the "
             f"first ones together, over that of the best such set that any method found, minus 1; "
-            f"mean over sizes ({sizes}). Means over {SETS} disjoint sets of samples (random: "
-            f"{RANDOM_SEEDS} seeds; without data, all sequences and the dearest greedy choice: "
-            "one) and [95 % of sets and of unseen sequences drawn with replacement].",
+            f"mean over sizes ({sizes}). Means over {SETS} seeds, each with sequences of its own "
+            f"as far as they reach (random: {RANDOM_SEEDS} seeds; without data, all sequences and "
+            "the dearest greedy choice: one) and [95 % of seeds and of unseen sequences drawn with "
+            "replacement].",
             f"products: of matrices, in forward runs of {SEQUENCES} sequences. Relevance, scores "
             "that are computed again after each drop and measured losses see as many sequences "
-            f"as cost {FORWARDS:g}, at most {SEQUENCES}.",
+            f"as cost {FORWARDS:g}, lim and measured losses at most {SEQUENCES}.",
             "kl on samples: the measured loss without each part; greedy measures again after each "
             "drop, without every part that is left.",
         ),
