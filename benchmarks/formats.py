@@ -24,7 +24,7 @@ from lamella.backends.onnxruntime.backend import OnnxRuntimeBackend
 from lamella.backends.onnxruntime.files import save_model
 from lamella.backends.onnxruntime.writer import write_onnx
 from lamella.backends.torch.portable import Portable
-from lamella.checkpoints.bytes import FORMULAS
+from lamella.checkpoints.bytes import FORMULAS, ByteFormula, Shape
 from lamella.checkpoints.save import save_checkpoint
 from lamella.ir.graph import Graph
 from lamella.ir.huggingface import capture_pretrained
@@ -46,6 +46,10 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 ROWS = (1, 16, 128)
+STANDARD = "onnxruntime, standard operators"
+WHOLE = ("onnxruntime", STANDARD, "eager")
+"""Targets whose files hold the graph too."""
+
 ROUNDS = 9
 
 
@@ -65,14 +69,15 @@ def main() -> None:
 
 def bytes_of_plans(count: int) -> Result:
     """Random plans on a random Llama: what is predicted before rounding, and what files take."""
-    errors: dict[str, list[float]] = {target: [] for target in FORMULAS}
-    sizes: dict[str, list[int]] = {target: [] for target in FORMULAS}
+    targets = [*FORMULAS, STANDARD]
+    errors: dict[str, list[float]] = {target: [] for target in targets}
+    sizes: dict[str, list[int]] = {target: [] for target in targets}
     graph = small_llama()
-    structure = {t: written(graph, t) - weights_of(graph, t, {}) for t in ("onnxruntime", "eager")}
+    structure = {t: written(graph, t) - weights_of(graph, t, {}) for t in WHOLE}
     for seed in range(count):
         plan = random_plan(graph, seed)
         edited = rounded(graph, plan)
-        for target in FORMULAS:
+        for target in targets:
             real = written(edited, target)
             predicted = weights_of(graph, target, plan) + structure.get(target, 0)
             errors[target].append(abs(predicted - real) / real)
@@ -118,16 +123,28 @@ def rounded(graph: Graph, plan: Mapping[str, Format]) -> Graph:
     return edited
 
 
+def standard_bytes(shape: Shape, format: Format, dtype: torch.dtype, is_table: bool) -> int:
+    """In an ONNX file without operators of ONNX Runtime, by the formats of the backend."""
+    if format.bits == 32:
+        return shape[0] * shape[1] * dtype.itemsize
+    role = "embedding" if is_table else "linear"
+    wanted = (role, format.kernel_bits, format.block, format.symmetric)
+    offered = OnnxRuntimeBackend(contrib=False).formats()
+    (found,) = (f for f in offered if (f.role, f.bits, f.block, f.symmetric) == wanted)
+    return found.weight_bytes(shape)
+
+
 def weights_of(graph: Graph, target: str, plan: Mapping[str, Format]) -> int:
     """The bytes of all weights, by the formulas."""
+    formula: ByteFormula = standard_bytes if target == STANDARD else FORMULAS[target]
     sites = {site.weight: site for site in find_sites(graph)}
     total = 0
     for node in graph.weight_nodes():
         value, site = node.meta["val"], sites.get(str(node.target))
         if site is not None:
             format = plan.get(site.weight, Format(32))
-            total += FORMULAS[target](site.shape, format, site.dtype, _is_table(site))
-        elif target in ("onnxruntime", "eager") or _is_of_the_model(graph, str(node.target)):
+            total += formula(site.shape, format, site.dtype, _is_table(site))
+        elif target in WHOLE or _is_of_the_model(graph, str(node.target)):
             total += value.numel() * value.element_size()
     return total
 
@@ -136,8 +153,8 @@ def written(graph: Graph, target: str) -> int:
     """Bytes of the tensors in files, or of the files where the structure is predicted too."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if target == "onnxruntime":
-            save_model(write_onnx(graph), folder)
+        if target in ("onnxruntime", STANDARD):
+            save_model(write_onnx(graph, contrib=target != STANDARD), folder)
             return sum(one.stat().st_size for one in folder.iterdir())
         if target == "eager":
             Portable.of(graph).write(folder)

@@ -13,13 +13,14 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+from lamella.caches import user_cache
 
 FORMAT = 1
 """Version of the files."""
@@ -56,12 +57,8 @@ class Contents:
 
 
 def user_store() -> Path:
-    """The folder for figures of this user, where the system keeps what can be made again."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "lamella" / "kernels"
-    if sys.platform == "win32":
-        return Path.home() / "AppData" / "Local" / "lamella" / "kernels"
-    return Path.home() / ".cache" / "lamella" / "kernels"
+    """The folder for figures of this user."""
+    return user_cache("kernels")
 
 
 @dataclass(frozen=True)

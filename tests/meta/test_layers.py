@@ -9,13 +9,14 @@ import pytest
 from tests.meta.source import imports_of, modules, resolve
 
 # What each layer may import, beside itself.
-_BASE = {"errors", "timing", "memory"}
+_BASE = {"errors", "timing", "memory", "caches"}
 _DATA = _BASE | {"data", "sample_files", "report", "rendering"}
 _IR = _DATA | {"ir"}
 ALLOWED = {
     "errors": set(),
     "timing": set(),
     "memory": set(),
+    "caches": set(),
     "data": _BASE,
     "sample_files": _BASE,
     "plain": _BASE,

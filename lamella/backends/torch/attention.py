@@ -7,10 +7,14 @@ time of what is done here: products of many heads at once, whose scores stay in 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from lamella.backends.torch import chain_kernels as chain
+from lamella.backends.torch import native
 
 _SCORES = 3 << 18
 """Scores that are held at a time: two bytes each, they stay in the cache of two cores."""
@@ -53,6 +57,29 @@ def attention(
     if not (float(least) > _LEAST and float(most) < _MOST):
         return _of_pytorch(query, key, value, mask, scale)
     return result
+
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values."""
+
+
+def attention_codes(
+    heads: Heads, mask: Tensor | None, scale: float | None, grid: chain.Grid, shape: Sequence[int]
+) -> Tensor:
+    """Codes of `attention`, by a kernel that is compiled on this machine where it has one.
+
+    Args:
+        heads: See `attention`.
+        mask: See there.
+        scale: See there.
+        grid: Of the codes.
+        shape: What ``[batch, queries, heads, width]`` is reshaped to.
+    """
+    if not (_is_plain(*heads, mask) and native.takes_heads(*heads)):
+        found = attention(*heads, mask, scale).transpose(1, 2).reshape(shape)
+        return chain.codes_of(found, *grid)
+    factor = 1 / math.sqrt(heads[0].shape[-1]) if scale is None else scale
+    return native.attention(heads, mask, factor, grid).reshape(shape)
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

@@ -92,6 +92,8 @@ class EagerBackend(Backend):
             a kernel of their own. The results are approximations: bfloat16 has 8 bits of
             precision. Layers of 8-bit integers with static ranges hand over codes, and do what
             runs between them.
+        native: Compile kernels for these layers on this machine, where there is a compiler and
+            the processor has AVX-512 with VNNI and BF16; otherwise oneDNN runs them.
         integers: What multiplies integers: ``"onednn"``; ``"traced"``, operators of ATen that
             compilers trace; or ``"floats"``, in which products of 8 bits are as exact.
         slow_kernels: Use kernels that are slower than floats on this machine too.
@@ -100,6 +102,7 @@ class EagerBackend(Backend):
     bfloat16: bool = False
     integers: Integers = "onednn"
     slow_kernels: bool = False
+    native: bool = True
 
     name: ClassVar[str] = "eager"
 
@@ -137,7 +140,7 @@ class EagerBackend(Backend):
         portable = Portable.read(artifact.folder)
         bfloat16 = self.bfloat16 or bool(described.details.get("bfloat16"))
         kept = described.details.get("integers", self.integers)
-        allowed = Kernels(_usable(kept), bfloat16)
+        allowed = Kernels(_usable(kept), bfloat16, self.native)
         return EagerExecutable(portable, signature, report, allowed)
 
     def without(self, format: QuantFormat) -> EagerBackend | None:
@@ -149,7 +152,8 @@ class EagerBackend(Backend):
     def _kernels(self, graph: Graph) -> Kernels:
         """What may be used; kernels are tried only where there is something for them."""
         wanted = bool(graph.find(*INTEGERS))
-        return Kernels(_usable(self.integers) if wanted else self.integers, self.bfloat16)
+        integers = _usable(self.integers) if wanted else self.integers
+        return Kernels(integers, self.bfloat16, self.native)
 
 
 def _usable(integers: Integers) -> Integers:
@@ -180,3 +184,5 @@ def _remarks(state: Lowered) -> Iterator[str]:
         listed = ", ".join(f"{count} by {name}" for name, count in special.items())
         rough = " (products in bfloat16 are approximations)" if state.kernels.bfloat16 else ""
         yield f"linear layers with kernels of their own: {listed}{rough}"
+    if state.obstacle:
+        yield f"chains of 8-bit integers run in oneDNN, which is slower: {state.obstacle}"

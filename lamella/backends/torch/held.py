@@ -13,6 +13,7 @@ from torch.fx import Node
 from lamella.ir.storage import set_tensor
 
 INTEGERS = "products of 8-bit integers (oneDNN)"
+NATIVE = "products of 8-bit integers and what is behind them (compiled on this machine)"
 TRACED = "products of 8-bit integers"
 INT4 = "weights of 4 bits and bfloat16 (int4pack)"
 INT8 = "weights of 8 bits and bfloat16 (int8pack)"
@@ -33,10 +34,12 @@ class Kernels:
         integers: Those that multiply integers, exactly: by oneDNN, or by operators of ATen that a
             compiler can trace; or none.
         bfloat16: Those that multiply in bfloat16, which is an approximation.
+        native: Those that are compiled on this machine, see `lamella.backends.torch.native`.
     """
 
     integers: Integers = "floats"
     bfloat16: bool = False
+    native: bool = True
 
 
 @dataclass
@@ -48,12 +51,14 @@ class Lowered:
         kernels: What may be used.
         counts: How many layers run by what.
         held: Weights that were made, by what they were made of.
+        obstacle: Why kernels that are compiled on this machine are missing, where some would run.
     """
 
     module: fx.GraphModule
     kernels: Kernels = Kernels()
     counts: Counter[str] = field(default_factory=Counter[str])
     held: dict[tuple[object, ...], Node] = field(default_factory=dict[tuple[object, ...], Node])
+    obstacle: str = ""
 
     @property
     def unpacked(self) -> int:

@@ -1,0 +1,217 @@
+"""Kernels of our own for chains of 8-bit integers, compiled when they are first wanted.
+
+PyTorch multiplies 8-bit integers as fast, with oneDNN; but what lies between two products, it runs
+operator by operator. Here a product also does what its rows need next, while they are in the
+cache: an activation, or a residual and a layer norm, and the codes of the next layer. Attention
+reads heads where the product wrote them, and gives codes.
+
+The sources are C++ for processors with AVX-512, VNNI and BF16. They are compiled with ``$CXX`` or
+``g++`` once for a user and a version of PyTorch, which takes ten seconds. Where that does not
+work, nothing is lost but time: `obstacle` says why, and oneDNN multiplies.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lamella.backends.torch import chain_kernels as chain
+from lamella.caches import user_cache
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "cpp"
+
+_NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16")
+_FLAGS = (
+    "-O3 -std=c++20 -fPIC -shared -fopenmp -mtune=native -mfma -mf16c "
+    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16"
+).split()
+
+FOUR = 4
+"""Inputs of a product come in fours."""
+_PANEL = 64
+_LANES = 16
+_KINDS = {"float": 0, "bfloat16": 1, "codes": 2}
+_ACTIVATIONS = {chain.NONE: 0, chain.GELU: 1, chain.GELU_TANH: 2, chain.RELU: 3}
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A weight as products read it: panels of codes, int32 sums to start with, slopes and bias."""
+
+
+# ---- operators --------------------------------------------------------------------------------
+
+
+def packed(codes: Tensor, scales: Tensor, bias: Tensor | None, grid: chain.Grid) -> Operands:
+    """A weight for products with codes of a grid.
+
+    Args:
+        codes: int8, ``[out, in]``, with `in` a multiple of 4.
+        scales: float32, ``[out]``.
+        bias: ``[out]`` or None.
+        grid: Step and zero of the codes that are multiplied.
+    """
+    step, zero = grid
+    missing = -len(codes) % _PANEL
+    start = codes.sum(1, dtype=torch.int32) * -zero
+    known = torch.zeros(scales.shape) if bias is None else bias.float()
+    vectors = [functional.pad(one, (0, missing)) for one in (start, scales * step, known)]
+    return (torch.ops.lamella_native.pack(codes), *vectors)
+
+
+def product(
+    codes: Tensor,
+    operands: Operands,
+    outputs: int,
+    output: chain.Output = chain.FLOAT,
+    activation: str = chain.NONE,
+) -> Tensor:
+    """``activation(codes @ weight + bias)``, as `chain_kernels.product` gives it.
+
+    Args:
+        codes: uint8, ``[..., in]``.
+        operands: The weight and the grid of `codes`, see `packed`.
+        outputs: How many.
+        output: What is wanted.
+        activation: One of those of `chain_kernels`; GELU is off by 1e-5 of its input.
+    """
+    kind, step, zero = output
+    numbers = (outputs, _KINDS[kind], _ACTIVATIONS[activation], step, zero)
+    return torch.ops.lamella_native.product(codes, *operands, *numbers)
+
+
+def product_norm(  # noqa: PLR0913  (the arguments of two operators)
+    codes: Tensor,
+    operands: Operands,
+    other: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    epsilon: float,
+    grid: chain.Grid,
+    keeps_sum: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm(codes @ weight + bias + other)`` and its codes.
+
+    Args:
+        codes: uint8, ``[..., in]``.
+        operands: The weight and the grid of `codes`, see `packed`.
+        other: The residual, ``[..., out]``.
+        gain: ``[out]``.
+        shift: ``[out]``.
+        epsilon: Is added to variances.
+        grid: Of the codes that are wanted.
+        keeps_sum: Give the sum itself instead of its layer norm, and the codes of the latter.
+    """
+    return torch.ops.lamella_native.product_norm(
+        codes, *operands, other, gain, shift, epsilon, *grid, keeps_sum
+    )
+
+
+def takes_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attention` has a kernel for heads of this width."""
+    return query.shape[-1] % _LANES == 0 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+
+
+def attention(
+    heads: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, scale: float, grid: chain.Grid
+) -> Tensor:
+    """Codes of attention, ``[batch, queries, heads times width]``.
+
+    Products are in bfloat16, as are exponentials; sums and results are in float32.
+
+    Args:
+        heads: Queries, keys and values, ``[batch, heads, positions, width]``.
+        mask: Which keys count, bool ``[batch or 1, 1, 1, keys]``.
+        scale: Of the scores.
+        grid: Of the codes.
+    """
+    return torch.ops.lamella_native.attention(*heads, mask, scale, *grid)
+
+
+# ---- the library ------------------------------------------------------------------------------
+
+
+@functools.cache
+def obstacle() -> str:
+    """Why the kernels can't be used here, or nothing; they are compiled and tried once."""
+    missing = _missing_instructions()
+    if missing:
+        return f"the processor has no {', '.join(missing)}"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler!r}: install g++, or set CXX to another one"
+    try:
+        torch.ops.load_library(library(compiler))
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"the kernels can't be compiled ({_reason(error)})"
+    return _mistake()
+
+
+def library(compiler: str, folder: Path | None = None) -> Path:
+    """The compiled kernels; compiled now if they are not in `folder`, by default the user's.
+
+    Raises:
+        OSError: The folder can't be written.
+        subprocess.CalledProcessError: The compiler fails.
+    """
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    version = f"{torch.__version__} {compiler} {' '.join(_FLAGS)}".encode()
+    name = hashlib.sha256(b"\0".join((version, *sources))).hexdigest()[:16]
+    path = (folder or user_cache("native")) / f"{name}.so"
+    if path.is_file():
+        return path
+    logger.info("compiling kernels for this processor into %s", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        command = [compiler, *_FLAGS, str(SOURCES / "operators.cpp"), "-o", str(made), *_links()]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        # Another process may have been faster; both files are the same.
+        made.replace(path)
+    return path
+
+
+def _links() -> list[str]:
+    """Where the headers and libraries of PyTorch are."""
+    home = Path(torch.__file__).parent
+    headers = [home / "include", home / "include" / "torch" / "csrc" / "api" / "include"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    found = [f"-isystem{path}" for path in headers]
+    return [abi, *found, f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
+
+
+def _missing_instructions() -> list[str]:
+    """The vector instructions that the kernels need and that are not there."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    known = {} if ask is None else ask()
+    return [name for name in _NEEDED if not known.get(name)]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in str(error.stderr).splitlines() if "error" in line]
+        return lines[0].strip() if lines else f"the compiler ended with {error.returncode}"
+    return str(error).splitlines()[0]
+
+
+def _mistake() -> str:
+    """What a kernel gets wrong, or nothing: one product, beside float64."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (7, 64), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (70, 64), generator=generator, dtype=torch.int8)
+    scales = torch.rand(70, generator=generator)
+    got = product(codes, packed(weight, scales, None, (0.5, 100)), 70)
+    want = ((codes.double() - 100) * 0.5) @ (weight.double() * scales.double()[:, None]).t()
+    off = float((got - want).abs().max() / want.abs().max())
+    # Sums of integers are exact; what is left is the rounding of float32.
+    return "" if off < 1e-6 else f"a product is off by {off:.2g} of the largest result"
