@@ -190,6 +190,7 @@ def pytorch(folder: Path, packages: Path | None) -> dict[str, Contender]:
             commands[f"AOTInductor {dtype}"] = files
     environment = {
         "OMP_PROC_BIND": "true",
+        "THP_MEM_ALLOC_ENABLE": "1",
         "OMP_NUM_THREADS": str(physical_cores()),
         "TORCHINDUCTOR_FREEZING": "1",
     }

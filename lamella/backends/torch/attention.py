@@ -51,7 +51,7 @@ def attention(
     if not _is_plain(query, key, value, mask):
         return _of_pytorch(query, key, value, mask, scale)
     width = query.shape[-1]
-    factor = (1 / math.sqrt(width) if scale is None else scale) * math.log2(math.e)
+    factor = _factor(scale, width) * math.log2(math.e)
     result, sums = _weighted(query.bfloat16(), _centered(key, factor), _with_ones(value, mask))
     least, most = sums.aminmax()
     if not (float(least) > _LEAST and float(most) < _MOST):
@@ -78,8 +78,44 @@ def attention_codes(
     if not (_is_plain(*heads, mask) and native.takes_heads(*heads)):
         found = attention(*heads, mask, scale).transpose(1, 2).reshape(shape)
         return chain.codes_of(found, *grid)
-    factor = 1 / math.sqrt(heads[0].shape[-1]) if scale is None else scale
-    return native.attention(heads, mask, factor, grid).reshape(shape)
+    return native.attention(heads, mask, _factor(scale, heads[0].shape[-1]), grid).reshape(shape)
+
+
+def attention_codes_of_parts(
+    joined: Tensor,
+    heads: native.Heads,
+    mask: Tensor | None,
+    scale: float | None,
+    grid: chain.Grid,
+    shape: Sequence[int],
+) -> Tensor:
+    """As `attention_codes`, for queries, keys and values that lie side by side.
+
+    Args:
+        joined: ``[..., width]``, which is read as if it were ``[batch, positions, width]``.
+        heads: Where they are.
+        mask: See `attention`.
+        scale: See there.
+        grid: Of the codes.
+        shape: Batch and positions.
+    """
+    starts, count, width = heads
+    batch, positions = shape
+    if mask is None or _hides_keys(mask, batch, positions):
+        whole = joined.view(batch, positions, joined.shape[-1])
+        return native.attention_of_parts(whole, heads, mask, _factor(scale, width), grid)
+    query, key, value = (
+        joined[..., start : start + count * width]
+        .reshape(batch, positions, count, width)
+        .transpose(1, 2)
+        for start in starts
+    )
+    whole_shape = (batch, positions, count * width)
+    return attention_codes((query, key, value), mask, scale, grid, whole_shape)
+
+
+def _factor(scale: float | None, width: int) -> float:
+    return 1 / math.sqrt(width) if scale is None else scale
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -87,11 +123,12 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
         return False
     if not query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return False
-    if mask is None:
-        return True
-    batches, keys = (1, query.shape[0]), key.shape[-2]
+    return mask is None or _hides_keys(mask, query.shape[0], key.shape[-2])
+
+
+def _hides_keys(mask: Tensor, batch: int, keys: int) -> bool:
     ranks = mask.ndim == 4 and mask.dtype is torch.bool
-    return ranks and mask.shape[0] in batches and mask.shape[1:] == (1, 1, keys)
+    return ranks and mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, keys)
 
 
 def _centered(key: Tensor, factor: float) -> Tensor:

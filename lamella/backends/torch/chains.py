@@ -21,7 +21,11 @@ from torch.fx import Node
 
 from lamella.backends.torch import chain_kernels as chain
 from lamella.backends.torch import kernels, native
-from lamella.backends.torch.attention import attention, attention_codes
+from lamella.backends.torch.attention import (
+    attention,
+    attention_codes,
+    attention_codes_of_parts,
+)
 from lamella.backends.torch.held import ATTENTION, INTEGERS, NATIVE, Lowered, held, read
 from lamella.ir import ops
 from lamella.ir.ops import aten, lam
@@ -281,16 +285,68 @@ def _draw_codes_into_attention(state: Lowered) -> None:
         codes = None if flat is None else _only_user(flat)
         if turned is None or flat is None or codes is None or codes.target is not chain.codes_of:
             continue
-        axes = {1, 2}
-        if turned.target is not aten.transpose.int or set(turned.args[1:]) != axes:
+        if turned.target is not aten.transpose.int or set(turned.args[1:]) != {1, 2}:
             continue
         if flat.target not in _RESHAPES:
             continue
         *heads, mask, scale = node.args
-        codes.args = (tuple(heads), mask, scale, codes.args[1:], flat.args[1])
-        codes.target = attention_codes
+        rest = (mask, scale, codes.args[1:])
+        parts = _side_by_side(heads, flat.args[1])
+        if parts is None:
+            codes.target, codes.args = attention_codes, (tuple(heads), *rest, flat.args[1])
+        else:
+            codes.target = attention_codes_of_parts
+            codes.args = (*parts, *rest, tuple(flat.args[1][:2]))
         for one in (flat, turned, node):
             one.graph.erase_node(one)
+        _erase_unread(heads)
+
+
+def _side_by_side(heads: list[Any], shape: Any) -> tuple[Node, native.Heads] | None:
+    """What queries, keys and values are parts of, and where; None where they are something else.
+
+    They are when each is a slice of ``[batch, positions, width]``, seen as ``[batch, positions,
+    heads, width]`` and turned, and when `shape`, what the result is seen as, has the same batch
+    and positions.
+    """
+    found: list[tuple[Node, int, int, int]] = []
+    for turned in heads:
+        chain_of = _sources(turned, 3)
+        kinds = [node.target for node in chain_of[:3]]
+        if len(chain_of) < 4 or kinds[0] is not aten.transpose.int or kinds[1] not in _RESHAPES:
+            return None
+        split, part, whole = chain_of[1:]
+        sizes: Any = split.args[1]
+        if part.target is not aten.slice.Tensor or whole.target is not native.product:
+            return None
+        _, axis, start, end = part.args[:4]
+        plain = len(part.args) == 4 and axis == -1 and set(turned.args[1:]) == {1, 2}
+        if not plain or len(sizes) != 4 or not isinstance(sizes[3], int):
+            return None
+        if len(shape) != 3 or list(sizes[:2]) != list(shape[:2]):
+            return None
+        found.append((whole, start, end - start, sizes[3]))
+    wholes, starts, wide, width = zip(*found, strict=True)
+    alike = len(set(wholes)) == len(set(wide)) == len(set(width)) == 1
+    if not alike or width[0] % native.LANES or wide[0] % width[0]:
+        return None
+    return wholes[0], (starts, wide[0] // width[0], width[0])
+
+
+def _sources(node: Node, count: int) -> list[Node]:
+    """A node, and the first arguments from it on."""
+    found = [node]
+    while len(found) <= count and found[-1].args and isinstance(found[-1].args[0], Node):
+        found.append(found[-1].args[0])
+    return found
+
+
+def _erase_unread(nodes: list[Any]) -> None:
+    """Erase views that nothing reads any more, and what they alone read."""
+    for node in nodes:
+        for one in _sources(node, 2):
+            if not one.users and one.target in _VIEWS:
+                one.graph.erase_node(one)
 
 
 # ---- the calls --------------------------------------------------------------------------------

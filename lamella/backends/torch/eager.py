@@ -18,6 +18,7 @@ from lamella.backends.artifact import Artifact
 from lamella.backends.base import Backend, Executable
 from lamella.backends.formats import QuantFormat
 from lamella.backends.inputs import check_inputs
+from lamella.backends.torch.bound import bound
 from lamella.backends.torch.formats import formats
 from lamella.backends.torch.held import UNPACKED, Integers, Kernels, Lowered
 from lamella.backends.torch.kernels import no_integer_products
@@ -45,17 +46,17 @@ class EagerExecutable(Executable):
         report: Report | None,
         kernels: Kernels | None = None,
     ) -> None:
-        """Build the module that runs from the portable graph."""
+        """Build what runs from the portable graph."""
         super().__init__(signature, report, portable.inputs)
         self._portable = portable
         self.lowered = lowered(portable.module(), kernels)
-        self._module = self.lowered.module
+        self._call = bound(self.lowered.module)
 
     def run(self, values: Sequence[Any]) -> Sequence[Any]:
         """The flat outputs of flat inputs."""
         check_inputs(self.inputs, values)
         with torch.inference_mode():
-            return self._module(*values)
+            return self._call(*values)
 
     @property
     def weight_bytes(self) -> int:

@@ -40,10 +40,14 @@ _FLAGS = (
 
 FOUR = 4
 """Inputs of a product come in fours."""
+LANES = 16
+"""Heads are whole multiples of it wide."""
 _PANEL = 64
-_LANES = 16
 _KINDS = {"float": 0, "bfloat16": 1, "codes": 2}
 _ACTIVATIONS = {chain.NONE: 0, chain.GELU: 1, chain.GELU_TANH: 2, chain.RELU: 3}
+
+Heads = tuple[tuple[int, int, int], int, int]
+"""Where queries, keys and values begin along an axis, how many heads there are, and their width."""
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """A weight as products read it: panels of codes, int32 sums to start with, slopes and bias."""
@@ -66,7 +70,7 @@ def packed(codes: Tensor, scales: Tensor, bias: Tensor | None, grid: chain.Grid)
     start = codes.sum(1, dtype=torch.int32) * -zero
     known = torch.zeros(scales.shape) if bias is None else bias.float()
     vectors = [functional.pad(one, (0, missing)) for one in (start, scales * step, known)]
-    return (torch.ops.lamella_native.pack(codes), *vectors)
+    return (torch.ops.lamella_native.pack.default(codes), *vectors)
 
 
 def product(
@@ -87,7 +91,7 @@ def product(
     """
     kind, step, zero = output
     numbers = (outputs, _KINDS[kind], _ACTIVATIONS[activation], step, zero)
-    return torch.ops.lamella_native.product(codes, *operands, *numbers)
+    return torch.ops.lamella_native.product.default(codes, *operands, *numbers)
 
 
 def product_norm(  # noqa: PLR0913  (the arguments of two operators)
@@ -112,14 +116,14 @@ def product_norm(  # noqa: PLR0913  (the arguments of two operators)
         grid: Of the codes that are wanted.
         keeps_sum: Give the sum itself instead of its layer norm, and the codes of the latter.
     """
-    return torch.ops.lamella_native.product_norm(
+    return torch.ops.lamella_native.product_norm.default(
         codes, *operands, other, gain, shift, epsilon, *grid, keeps_sum
     )
 
 
 def takes_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attention` has a kernel for heads of this width."""
-    return query.shape[-1] % _LANES == 0 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    return query.shape[-1] % LANES == 0 and query.shape[-1] == key.shape[-1] == value.shape[-1]
 
 
 def attention(
@@ -135,7 +139,22 @@ def attention(
         scale: Of the scores.
         grid: Of the codes.
     """
-    return torch.ops.lamella_native.attention(*heads, mask, scale, *grid)
+    return torch.ops.lamella_native.attention.default(*heads, mask, scale, *grid)
+
+
+def attention_of_parts(
+    joined: Tensor, heads: Heads, mask: Tensor | None, scale: float, grid: chain.Grid
+) -> Tensor:
+    """As `attention`, for queries, keys and values that lie side by side.
+
+    Args:
+        joined: ``[batch, positions, width]``.
+        heads: Where they are.
+        mask: Which keys count, bool ``[batch or 1, 1, 1, positions]``.
+        scale: Of the scores.
+        grid: Of the codes.
+    """
+    return torch.ops.lamella_native.attention_of_parts.default(joined, *heads, mask, scale, *grid)
 
 
 # ---- the library ------------------------------------------------------------------------------

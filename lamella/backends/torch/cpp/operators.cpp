@@ -70,20 +70,17 @@ at::Tensor pack(const at::Tensor& given) {
 
 template <int ACTIVATION, typename T>
 void write(const uint8_t* codes, int64_t rows, const Weight& weight, const Grid& grid, T* out) {
-  over_rows(rows, [&](int64_t begin, int64_t end) {
-    T* first = out + begin * weight.outputs;
-    const auto finish = [&](int64_t row, int64_t n, __m512 x) {
-      T* to = first + row * weight.outputs + n;
-      const __mmask16 mask = mask_of(weight.outputs - n);
-      const __m512 y = activated<ACTIVATION>(x);
-      if constexpr (std::is_same_v<T, uint8_t>) {
-        store(to, mask, grid.codes(y));
-      } else {
-        store(to, mask, y);
-      }
-    };
-    multiply(codes + begin * weight.inputs, end - begin, weight, finish);
-  });
+  const auto finish = [&](int64_t row, int64_t n, __m512 x) {
+    T* to = out + row * weight.outputs + n;
+    const __mmask16 mask = mask_of(weight.outputs - n);
+    const __m512 y = activated<ACTIVATION>(x);
+    if constexpr (std::is_same_v<T, uint8_t>) {
+      store(to, mask, grid.codes(y));
+    } else {
+      store(to, mask, y);
+    }
+  };
+  over_parts(rows, weight, [&](const Part& part) { multiply(codes, part, weight, finish); });
 }
 
 template <int ACTIVATION>
@@ -144,20 +141,26 @@ std::tuple<at::Tensor, at::Tensor> product_norm(
   const float* plus = added.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   uint8_t* to_codes = rounded.mutable_data_ptr<uint8_t>();
-  over_rows(out.numel() / weight.outputs, [&](int64_t begin, int64_t end) {
-    const auto finish = [&](int64_t row, int64_t n, __m512 x) {
-      const __mmask16 mask = mask_of(weight.outputs - n);
-      const int64_t place = (begin + row) * weight.outputs + n;
-      // The same row of the next panel.
-      __builtin_prefetch(plus + place + WIDE, 0, 2);
-      __builtin_prefetch(to + place + WIDE, 1, 2);
-      store(to + place, mask, _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, plus + place)));
-    };
-    multiply(from + begin * weight.inputs, end - begin, weight, finish);
+  const auto finish = [&](int64_t row, int64_t n, __m512 x) {
+    const __mmask16 mask = mask_of(weight.outputs - n);
+    const int64_t place = row * weight.outputs + n;
+    // The same row of the next panel.
+    __builtin_prefetch(plus + place + WIDE, 0, 2);
+    __builtin_prefetch(to + place + WIDE, 1, 2);
+    store(to + place, mask, _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, plus + place)));
+  };
+  const auto apply = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       norm.apply(to + row * weight.outputs, to_codes + row * weight.outputs);
     }
+  };
+  const int64_t rows = out.numel() / weight.outputs;
+  over_parts(rows, weight, [&](const Part& part) {
+    multiply(from, part, weight, finish);
+    if (!are_few(rows, weight)) apply(part.row, part.row_end);
   });
+  // Otherwise no part has whole rows.
+  if (are_few(rows, weight)) over_rows(rows, apply);
   return {out, rounded};
 }
 
@@ -246,6 +249,19 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   return out;
 }
 
+// The same, where queries, keys and values are parts of the last axis of one tensor.
+at::Tensor attention_of_parts(const at::Tensor& joined, at::IntArrayRef starts, int64_t heads,
+                              int64_t size, const std::optional<at::Tensor>& mask, double scale,
+                              double step, int64_t zero) {
+  TORCH_CHECK(joined.dim() == 3 && starts.size() == 3, "parts of [batch, rows, width] are read");
+  const auto part = [&](int64_t start) {
+    const at::Tensor wide = joined.narrow(2, start, heads * size);
+    return wide.view({joined.size(0), joined.size(1), heads, size}).transpose(1, 2);
+  };
+  const at::Tensor query = part(starts[0]), key = part(starts[1]), value = part(starts[2]);
+  return attention(query, key, value, mask, scale, step, zero);
+}
+
 }  // namespace
 }  // namespace lamella
 
@@ -264,4 +280,8 @@ TORCH_LIBRARY(lamella_native, m) {
       "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, "
       "float step, int zero) -> Tensor",
       lamella::attention);
+  m.def(
+      "attention_of_parts(Tensor joined, int[] starts, int heads, int size, Tensor? mask, "
+      "float scale, float step, int zero) -> Tensor",
+      lamella::attention_of_parts);
 }

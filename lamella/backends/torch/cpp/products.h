@@ -15,6 +15,7 @@ constexpr int PANEL = 4;             // registers of outputs at a time
 constexpr int WIDE = PANEL * LANES;  // outputs at a time
 constexpr int ROWS = 6;              // rows at a time, so that 24 sums are in registers
 constexpr int BLOCK = 16 * ROWS;     // rows that a panel of the weight is read for
+constexpr int FEW = 2 * BLOCK;       // rows that are fewer bytes than the weight
 
 // A weight [outputs, inputs] for results ``slope * (start + codes @ panels) + bias``.
 struct Weight {
@@ -56,22 +57,27 @@ template <int SOME>
   }
 }
 
-// Some rows by a weight; `finish(row, output, results)` takes 16 results at a time.
+// Rows and panels of a product.
+struct Part {
+  int64_t row, row_end, panel, panel_end;
+};
+
+// Some rows of codes by some panels; `finish(row, output, results)` takes 16 results at a time.
 template <typename Finish>
-inline void multiply(const uint8_t* rows, int64_t count, const Weight& weight,
+inline void multiply(const uint8_t* codes, const Part& part, const Weight& weight,
                      const Finish& finish) {
   static constexpr decltype(&tile<1>) TILES[] = {tile<1>, tile<2>, tile<3>,
                                                  tile<4>, tile<5>, tile<6>};
   __m512i sums[ROWS * PANEL];
-  for (int64_t first = 0; first < weight.outputs; first += WIDE) {
+  for (int64_t first = part.panel * WIDE; first < part.panel_end * WIDE; first += WIDE) {
     __m512 slopes[PANEL], bias[PANEL];
     for (int z = 0; z < PANEL; ++z) {
       slopes[z] = _mm512_loadu_ps(weight.slopes + first + z * LANES);
       bias[z] = _mm512_loadu_ps(weight.bias + first + z * LANES);
     }
-    for (int64_t top = 0; top < count; top += ROWS) {
-      const int64_t some = std::min<int64_t>(ROWS, count - top);
-      TILES[some - 1](rows + top * weight.inputs, weight.inputs,
+    for (int64_t top = part.row; top < part.row_end; top += ROWS) {
+      const int64_t some = std::min<int64_t>(ROWS, part.row_end - top);
+      TILES[some - 1](codes + top * weight.inputs, weight.inputs,
                       weight.panels + first * weight.inputs, weight.start + first, sums);
       for (int64_t r = 0; r < some; ++r) {
         for (int z = 0; z < PANEL; ++z) {
@@ -87,13 +93,35 @@ inline void multiply(const uint8_t* rows, int64_t count, const Weight& weight,
 template <typename Work>
 void over_rows(int64_t rows, const Work& work) {
   const int64_t threads = at::get_num_threads();
+  // As many blocks for each thread, and none that is larger than the cache.
   const int64_t share = (rows + threads - 1) / threads;
-  const int64_t block = std::clamp<int64_t>(up(share, ROWS), ROWS, BLOCK);
+  const int64_t each = std::max<int64_t>(1, (share + BLOCK - 1) / BLOCK);
+  const int64_t block = std::max<int64_t>(ROWS, up((share + each - 1) / each, ROWS));
   at::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
     for (int64_t one = begin; one < end; ++one) {
       work(one * block, std::min(rows, (one + 1) * block));
     }
   });
+}
+
+inline int64_t panels_of(const Weight& weight) { return up(weight.outputs, WIDE) / WIDE; }
+
+// Few rows are read by every thread and the weight once, many rows the other way round.
+inline bool are_few(int64_t rows, const Weight& weight) {
+  return rows <= FEW && panels_of(weight) >= at::get_num_threads();
+}
+
+// `work(part)` on all of a product, by all threads.
+template <typename Work>
+void over_parts(int64_t rows, const Weight& weight, const Work& work) {
+  const int64_t panels = panels_of(weight);
+  if (are_few(rows, weight)) {
+    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      work(Part{0, rows, begin, end});
+    });
+  } else {
+    over_rows(rows, [&](int64_t begin, int64_t end) { work(Part{begin, end, 0, panels}); });
+  }
 }
 
 // The codes of (x - mean) / sqrt(variance + epsilon) * gain + shift, which takes the place of the
