@@ -81,37 +81,36 @@ def attention_codes(
     return native.attention(heads, mask, _factor(scale, heads[0].shape[-1]), grid).reshape(shape)
 
 
-def attention_codes_of_parts(
-    joined: Tensor,
+def attention_codes_of_product(  # noqa: PLR0913  (the arguments of two operators)
+    codes: Tensor,
+    operands: native.Operands,
     heads: native.Heads,
     mask: Tensor | None,
     scale: float | None,
     grid: chain.Grid,
-    shape: Sequence[int],
+    shape: tuple[int, int],
 ) -> Tensor:
-    """As `attention_codes`, for queries, keys and values that lie side by side.
+    """As `attention_codes`, for queries, keys and values that one product gives.
 
     Args:
-        joined: ``[..., width]``, which is read as if it were ``[batch, positions, width]``.
-        heads: Where they are.
+        codes: uint8, ``[..., in]``, of `shape` but for the last axis.
+        operands: The weight, see `native.packed`.
+        heads: Where they are in the outputs.
         mask: See `attention`.
         scale: See there.
         grid: Of the codes.
         shape: Batch and positions.
     """
-    starts, count, width = heads
-    batch, positions = shape
-    if mask is None or _hides_keys(mask, batch, positions):
-        whole = joined.view(batch, positions, joined.shape[-1])
-        return native.attention_of_parts(whole, heads, mask, _factor(scale, width), grid)
+    outputs, starts, count, width = heads
+    factor = _factor(scale, width)
+    if mask is None or _hides_keys(mask, *shape):
+        return native.product_attention(codes, operands, heads, mask, factor, grid, shape)
+    joined = native.product(codes, operands, outputs, ("bfloat16", 1.0, 0))
     query, key, value = (
-        joined[..., start : start + count * width]
-        .reshape(batch, positions, count, width)
-        .transpose(1, 2)
+        joined[..., start : start + count * width].reshape(*shape, count, width).transpose(1, 2)
         for start in starts
     )
-    whole_shape = (batch, positions, count * width)
-    return attention_codes((query, key, value), mask, scale, grid, whole_shape)
+    return attention_codes((query, key, value), mask, scale, grid, (*shape, count * width))
 
 
 def _factor(scale: float | None, width: int) -> float:

@@ -24,7 +24,7 @@ from lamella.backends.torch import kernels, native
 from lamella.backends.torch.attention import (
     attention,
     attention_codes,
-    attention_codes_of_parts,
+    attention_codes_of_product,
 )
 from lamella.backends.torch.held import ATTENTION, INTEGERS, NATIVE, Lowered, held, read
 from lamella.ir import ops
@@ -291,46 +291,57 @@ def _draw_codes_into_attention(state: Lowered) -> None:
             continue
         *heads, mask, scale = node.args
         rest = (mask, scale, codes.args[1:])
-        parts = _side_by_side(heads, flat.args[1])
-        if parts is None:
+        found = _one_product(heads, flat.args[1])
+        if found is None:
             codes.target, codes.args = attention_codes, (tuple(heads), *rest, flat.args[1])
         else:
-            codes.target = attention_codes_of_parts
-            codes.args = (*parts, *rest, tuple(flat.args[1][:2]))
+            product, places = found
+            codes.target = attention_codes_of_product
+            codes.args = (*product.args[:2], places, *rest, tuple(flat.args[1][:2]))
         for one in (flat, turned, node):
             one.graph.erase_node(one)
         _erase_unread(heads)
+        if found is not None:
+            found[0].graph.erase_node(found[0])
 
 
-def _side_by_side(heads: list[Any], shape: Any) -> tuple[Node, native.Heads] | None:
-    """What queries, keys and values are parts of, and where; None where they are something else.
+def _one_product(heads: list[Any], shape: Any) -> tuple[Node, native.Heads] | None:
+    """The product that gives queries, keys and values and nothing else, and where they are in it.
 
-    They are when each is a slice of ``[batch, positions, width]``, seen as ``[batch, positions,
-    heads, width]`` and turned, and when `shape`, what the result is seen as, has the same batch
-    and positions.
+    Each of them is a slice of its outputs, seen as ``[batch, positions, heads, width]`` and turned;
+    `shape`, what the result is seen as, has the same batch and positions.
     """
-    found: list[tuple[Node, int, int, int]] = []
-    for turned in heads:
-        chain_of = _sources(turned, 3)
-        kinds = [node.target for node in chain_of[:3]]
-        if len(chain_of) < 4 or kinds[0] is not aten.transpose.int or kinds[1] not in _RESHAPES:
-            return None
-        split, part, whole = chain_of[1:]
-        sizes: Any = split.args[1]
-        if part.target is not aten.slice.Tensor or whole.target is not native.product:
-            return None
-        _, axis, start, end = part.args[:4]
-        plain = len(part.args) == 4 and axis == -1 and set(turned.args[1:]) == {1, 2}
-        if not plain or len(sizes) != 4 or not isinstance(sizes[3], int):
-            return None
-        if len(shape) != 3 or list(sizes[:2]) != list(shape[:2]):
-            return None
-        found.append((whole, start, end - start, sizes[3]))
-    wholes, starts, wide, width = zip(*found, strict=True)
-    alike = len(set(wholes)) == len(set(wide)) == len(set(width)) == 1
-    if not alike or width[0] % native.LANES or wide[0] % width[0]:
+    views = [_sources(turned, 3) for turned in heads]
+    places = [_place(view, shape) for view in views]
+    product = views[0][-1]
+    if None in places or any(view[-1] is not product for view in views):
         return None
-    return wholes[0], (starts, wide[0] // width[0], width[0])
+    if len(product.users) != len(heads) or product.args[3][0] != "bfloat16":
+        return None
+    starts, counts, widths = zip(*(one for one in places if one is not None), strict=True)
+    if len(set(counts)) > 1 or len(set(widths)) > 1 or widths[0] % native.LANES:
+        return None
+    return product, (product.args[2], starts, counts[0], widths[0])
+
+
+def _place(view: list[Node], shape: Any) -> tuple[int, int, int] | None:
+    """Where heads begin in a product, how many, and how wide they are; None for other views."""
+    if len(view) != 4:
+        return None
+    turned, split, part, whole = view
+    kinds = (turned.target, part.target, whole.target)
+    if kinds != (aten.transpose.int, aten.slice.Tensor, native.product):
+        return None
+    sizes: Any = split.args[1]
+    if split.target not in _RESHAPES or set(turned.args[1:]) != {1, 2} or len(part.args) != 4:
+        return None
+    if len(sizes) != 4 or len(shape) != 3 or list(sizes[:2]) != list(shape[:2]):
+        return None
+    _, axis, start, end = part.args
+    width: Any = sizes[3]
+    if axis != -1 or not isinstance(width, int) or (end - start) % width:
+        return None
+    return start, (end - start) // width, width
 
 
 def _sources(node: Node, count: int) -> list[Node]:

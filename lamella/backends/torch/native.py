@@ -46,8 +46,8 @@ _PANEL = 64
 _KINDS = {"float": 0, "bfloat16": 1, "codes": 2}
 _ACTIVATIONS = {chain.NONE: 0, chain.GELU: 1, chain.GELU_TANH: 2, chain.RELU: 3}
 
-Heads = tuple[tuple[int, int, int], int, int]
-"""Where queries, keys and values begin along an axis, how many heads there are, and their width."""
+Heads = tuple[int, tuple[int, int, int], int, int]
+"""Outputs of a product, where queries, keys and values begin, the count of heads, their width."""
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """A weight as products read it: panels of codes, int32 sums to start with, slopes and bias."""
@@ -142,19 +142,30 @@ def attention(
     return torch.ops.lamella_native.attention.default(*heads, mask, scale, *grid)
 
 
-def attention_of_parts(
-    joined: Tensor, heads: Heads, mask: Tensor | None, scale: float, grid: chain.Grid
+def product_attention(  # noqa: PLR0913  (the arguments of two operators)
+    codes: Tensor,
+    operands: Operands,
+    heads: Heads,
+    mask: Tensor | None,
+    scale: float,
+    grid: chain.Grid,
+    shape: tuple[int, int],
 ) -> Tensor:
-    """As `attention`, for queries, keys and values that lie side by side.
+    """As `attention`, for queries, keys and values that one product gives.
 
     Args:
-        joined: ``[batch, positions, width]``.
-        heads: Where they are.
+        codes: uint8, ``[..., in]``, of `shape` but for the last axis.
+        operands: The weight and the grid of `codes`, see `packed`.
+        heads: Where they are in the outputs.
         mask: Which keys count, bool ``[batch or 1, 1, 1, positions]``.
         scale: Of the scores.
         grid: Of the codes.
+        shape: Batch and positions.
     """
-    return torch.ops.lamella_native.attention_of_parts.default(joined, *heads, mask, scale, *grid)
+    outputs, *places = heads
+    return torch.ops.lamella_native.product_attention.default(
+        codes, *operands, outputs, shape, *places, mask, scale, *grid
+    )
 
 
 # ---- the library ------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ namespace {
 enum Kind : int64_t { FLOATS, BFLOATS, CODES };
 enum Activation : int64_t { NONE, GELU, GELU_TANH, RELU };
 
-constexpr int64_t CHUNK = 64;  // queries of one piece of work
+constexpr int64_t CHUNK = 64;   // queries of one piece of work
+constexpr int64_t SEVERAL = 4;  // sequences for each thread, so that all have as many
 constexpr double LOG2_E = 1.4426950408889634;
 
 template <int ACTIVATION>
@@ -194,13 +195,40 @@ struct Heads {
         row(of.stride(2)) {}
 
   const at::BFloat16* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
-
-  // Heads of one width lie apart by a row: no processor foresees that.
-  void prefetch(int64_t b, int64_t h, int64_t rows) const {
-    const at::BFloat16* first = at(b, h);
-    for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(first + i * row, 0, 2);
-  }
 };
+
+// What keys count, and how results are rounded.
+class Rounding {
+ public:
+  Rounding(const std::optional<at::Tensor>& mask, int64_t count, double scale, const Grid& grid)
+      : factor(static_cast<float>(scale * LOG2_E)), grid(grid) {
+    if (mask || count % LANES != 0) penalties_ = penalties(mask, count);
+    if (penalties_.defined()) data_ = penalties_.const_data_ptr<float>();
+    if (penalties_.defined() && penalties_.size(0) > 1) apart_ = penalties_.size(1);
+  }
+
+  const float* penalty(int64_t b) const { return data_ == nullptr ? nullptr : data_ + b * apart_; }
+
+  const float factor;
+  const Grid grid;
+
+ private:
+  at::Tensor penalties_;
+  const float* data_ = nullptr;
+  int64_t apart_ = 0;
+};
+
+// Codes of some rows of a head, which lie `apart`.
+void attend(Head& head, const at::BFloat16* queries, int64_t stride, int64_t rows,
+            const float* penalty, const Rounding& rounding, uint8_t* to, int64_t apart) {
+  for (int64_t i = 0; i < rows; i += QUERIES) {
+    const auto finish = [&](int64_t r, int64_t d, __m512 x) {
+      store(to + (i + r) * apart + d, 0xFFFF, rounding.grid.codes(x));
+    };
+    head.attend(queries + i * stride, stride, std::min<int64_t>(QUERIES, rows - i), penalty,
+                rounding.factor, finish);
+  }
+}
 
 at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const std::optional<at::Tensor>& mask, double scale, double step,
@@ -210,14 +238,9 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   const int64_t count = k.size(2), chunks = (rows + CHUNK - 1) / CHUNK;
   TORCH_CHECK(size % LANES == 0 && v.size(3) == size, "heads must be whole sixteens wide");
   at::Tensor out = at::empty({batch, rows, heads * size}, q.options().dtype(at::kByte));
-  at::Tensor added;
-  if (mask || count % LANES != 0) added = penalties(mask, count);
-  const float* penalty = added.defined() ? added.const_data_ptr<float>() : nullptr;
-  const int64_t apart = added.defined() && added.size(0) > 1 ? added.size(1) : 0;
+  const Rounding rounding(mask, count, scale, Grid(step, zero));
   const Heads queries(q), keys(k), values(v);
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
-  const Grid grid(step, zero);
-  const float factor = static_cast<float>(scale * LOG2_E);
   at::parallel_for(0, batch * heads * chunks, 1, [&](int64_t begin, int64_t end) {
     Head head(count, size);
     int64_t last = -1;
@@ -227,39 +250,61 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
         head.read_keys(keys.at(b, h), keys.row);
         head.read_values(values.at(b, h), values.row);
         last = piece / chunks;
-        const int64_t next = last + 1;
-        if (next < batch * heads) {
-          queries.prefetch(next / heads, next % heads, rows);
-          keys.prefetch(next / heads, next % heads, count);
-          values.prefetch(next / heads, next % heads, count);
-        }
       }
-      const int64_t first = piece % chunks * CHUNK, stop = std::min(rows, first + CHUNK);
-      for (int64_t i = first; i < stop; i += QUERIES) {
-        uint8_t* place = to + ((b * rows + i) * heads + h) * size;
-        const auto finish = [&](int64_t r, int64_t d, __m512 x) {
-          store(place + r * heads * size + d, 0xFFFF, grid.codes(x));
-        };
-        head.attend(queries.at(b, h) + i * queries.row, queries.row,
-                    std::min<int64_t>(QUERIES, stop - i),
-                    penalty == nullptr ? nullptr : penalty + b * apart, factor, finish);
-      }
+      const int64_t first = piece % chunks * CHUNK;
+      attend(head, queries.at(b, h) + first * queries.row, queries.row,
+             std::min(rows - first, CHUNK), rounding.penalty(b), rounding,
+             to + ((b * rows + first) * heads + h) * size, heads * size);
     }
   });
   return out;
 }
 
-// The same, where queries, keys and values are parts of the last axis of one tensor.
-at::Tensor attention_of_parts(const at::Tensor& joined, at::IntArrayRef starts, int64_t heads,
-                              int64_t size, const std::optional<at::Tensor>& mask, double scale,
-                              double step, int64_t zero) {
-  TORCH_CHECK(joined.dim() == 3 && starts.size() == 3, "parts of [batch, rows, width] are read");
-  const auto part = [&](int64_t start) {
-    const at::Tensor wide = joined.narrow(2, start, heads * size);
-    return wide.view({joined.size(0), joined.size(1), heads, size}).transpose(1, 2);
-  };
-  const at::Tensor query = part(starts[0]), key = part(starts[1]), value = part(starts[2]);
-  return attention(query, key, value, mask, scale, step, zero);
+// Attention whose queries, keys and values are parts of the outputs of one product.
+at::Tensor product_attention(const at::Tensor& input, const at::Tensor& panels,
+                             const at::Tensor& start, const at::Tensor& slopes,
+                             const at::Tensor& bias, int64_t outputs, at::IntArrayRef shape,
+                             at::IntArrayRef starts, int64_t heads, int64_t size,
+                             const std::optional<at::Tensor>& mask, double scale, double step,
+                             int64_t zero) {
+  TORCH_CHECK(shape.size() == 2 && starts.size() == 3, "not batch and rows, or not three parts");
+  const int64_t batch = shape[0], rows = shape[1], width = heads * size;
+  const at::Tensor codes = input.reshape({batch, rows, -1});
+  if (batch < SEVERAL * at::get_num_threads()) {
+    const at::Tensor joined =
+        product(codes, panels, start, slopes, bias, outputs, BFLOATS, NONE, 1, 0);
+    const auto part = [&](int64_t first) {
+      return joined.narrow(2, first, width).view({batch, rows, heads, size}).transpose(1, 2);
+    };
+    return attention(part(starts[0]), part(starts[1]), part(starts[2]), mask, scale, step, zero);
+  }
+  TORCH_CHECK(size % LANES == 0, "heads must be whole sixteens wide");
+  const Weight weight = weight_of(panels, start, slopes, bias, outputs);
+  at::Tensor out = at::empty({batch, rows, width}, codes.options());
+  const at::Tensor held = codes.contiguous();
+  const uint8_t* from = held.const_data_ptr<uint8_t>();
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  const Rounding rounding(mask, rows, scale, Grid(step, zero));
+  // The outputs of one sequence stay in the cache.
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    Head head(rows, size);
+    std::vector<at::BFloat16> joined(rows * outputs);
+    const auto finish = [&](int64_t row, int64_t n, __m512 x) {
+      store(joined.data() + row * outputs + n, mask_of(outputs - n), x);
+    };
+    for (int64_t b = begin; b < end; ++b) {
+      const Part all{0, rows, 0, panels_of(weight)};
+      multiply(from + b * rows * weight.inputs, all, weight, finish);
+      for (int64_t h = 0; h < heads; ++h) {
+        const at::BFloat16* first = joined.data() + h * size;
+        head.read_keys(first + starts[1], outputs);
+        head.read_values(first + starts[2], outputs);
+        attend(head, first + starts[0], outputs, rows, rounding.penalty(b), rounding,
+               to + b * rows * width + h * size, width);
+      }
+    }
+  });
+  return out;
 }
 
 }  // namespace
@@ -281,7 +326,8 @@ TORCH_LIBRARY(lamella_native, m) {
       "float step, int zero) -> Tensor",
       lamella::attention);
   m.def(
-      "attention_of_parts(Tensor joined, int[] starts, int heads, int size, Tensor? mask, "
-      "float scale, float step, int zero) -> Tensor",
-      lamella::attention_of_parts);
+      "product_attention(Tensor codes, Tensor panels, Tensor start, Tensor slopes, Tensor bias, "
+      "int outputs, int[] shape, int[] starts, int heads, int size, Tensor? mask, float scale, "
+      "float step, int zero) -> Tensor",
+      lamella::product_attention);
 }
