@@ -191,7 +191,7 @@ def functions(module: torch.fx.GraphModule) -> Counter[str]:
 def test_a_layer_of_an_encoder_is_four_products(tmp_path: Path) -> None:
     torch.manual_seed(0)
     graph, x = quantized(Layer())
-    executable = EagerBackend(bfloat16=True).lower(graph)
+    executable = EagerBackend(bfloat16=True, native=False).lower(graph)
     assert executable.lowered.counts == {INTEGERS: 6, ATTENTION: 1}
     found = functions(executable.lowered.module)
     assert {name: found[name] for name in ("product", "codes_of", "attention")} == {
@@ -210,7 +210,7 @@ def test_a_layer_of_an_encoder_is_four_products(tmp_path: Path) -> None:
 def test_what_others_read_is_not_drawn_in() -> None:
     torch.manual_seed(0)
     graph, x = quantized(Layer(hidden_wanted=True))
-    executable = EagerBackend(bfloat16=True).lower(graph)
+    executable = EagerBackend(bfloat16=True, native=False).lower(graph)
     found = functions(executable.lowered.module)
     assert found["codes_of"] == 4
     assert off(executable(x), graph(x)) < 0.02

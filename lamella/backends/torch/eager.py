@@ -73,6 +73,7 @@ class EagerExecutable(Executable):
         self._portable.write(folder)
         allowed = self.lowered.kernels
         told: dict[str, Any] = {"bfloat16": True} if allowed.bfloat16 else {}
+        told |= {} if allowed.native else {"native": False}
         return told if allowed.integers == "onednn" else told | {"integers": allowed.integers}
 
     @property
@@ -141,7 +142,8 @@ class EagerBackend(Backend):
         portable = Portable.read(artifact.folder)
         bfloat16 = self.bfloat16 or bool(described.details.get("bfloat16"))
         kept = described.details.get("integers", self.integers)
-        allowed = Kernels(_usable(kept), bfloat16, self.native)
+        native = self.native and bool(described.details.get("native", True))
+        allowed = Kernels(_usable(kept), bfloat16, native)
         return EagerExecutable(portable, signature, report, allowed)
 
     def without(self, format: QuantFormat) -> EagerBackend | None:

@@ -181,10 +181,23 @@ def obstacle() -> str:
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler!r}: install g++, or set CXX to another one"
     try:
-        torch.ops.load_library(library(compiler))
+        _load(library(compiler))
     except (OSError, subprocess.CalledProcessError) as error:
         return f"the kernels can't be compiled ({_reason(error)})"
     return _mistake()
+
+
+def _load(path: Path) -> None:
+    """Load compiled kernels; a file that is damaged goes, so that the next process makes it anew.
+
+    Raises:
+        OSError: They can't be loaded.
+    """
+    try:
+        torch.ops.load_library(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def library(compiler: str, folder: Path | None = None) -> Path:
