@@ -223,12 +223,13 @@ def _draw_norm(product: _Product) -> None:
         return
     (total, other), (norm,) = found, norms
     roundings = [user for user in norm.users if user.target is chain.codes_of]
-    grids = {one.args[1:] for one in roundings} or {(1.0, 0)}
+    grids: set[Any] = {one.args[1:] for one in roundings} or {(1.0, 0)}
     keeps_sum = len(total.users) > 1
     if len(grids) != 1 or (keeps_sum and len(roundings) != len(norm.users)):
         return
-    bound, grid = ops.bind(norm), grids.pop()
-    product.norm = _Norm(bound["weight"], bound["bias"], float(bound["eps"]), grid, keeps_sum)
+    bound, (step, zero) = ops.bind(norm), grids.pop()
+    affine = (bound["weight"], bound["bias"], float(bound["eps"]))
+    product.norm = _Norm(*affine, (step, zero), keeps_sum)
     # What is added may be computed after the product.
     total.prepend(product.node)
     product.node.args = (*product.node.args, other)
@@ -261,7 +262,8 @@ def _narrow(product: _Product) -> None:
     if product.adds:
         return
     if reader is not None and reader.target is chain.codes_of:
-        step, zero = reader.args[1:]
+        arguments: Any = reader.args
+        _, step, zero = arguments
         product.output = ("codes", step, zero)
         _replace(reader, product.node)
     elif all(_ends_in_attention(user, product.node) for user in product.node.users):
@@ -290,14 +292,15 @@ def _draw_codes_into_attention(state: Lowered) -> None:
         if flat.target not in _RESHAPES:
             continue
         *heads, mask, scale = node.args
+        shape: Any = flat.args[1]
         rest = (mask, scale, codes.args[1:])
-        found = _one_product(heads, flat.args[1])
+        found = _one_product(heads, shape)
         if found is None:
-            codes.target, codes.args = attention_codes, (tuple(heads), *rest, flat.args[1])
+            codes.target, codes.args = attention_codes, (tuple(heads), *rest, shape)
         else:
             product, places = found
             codes.target = attention_codes_of_product
-            codes.args = (*product.args[:2], places, *rest, tuple(flat.args[1][:2]))
+            codes.args = (*product.args[:2], places, *rest, tuple(shape[:2]))
         for one in (flat, turned, node):
             one.graph.erase_node(one)
         _erase_unread(heads)
@@ -316,12 +319,14 @@ def _one_product(heads: list[Any], shape: Any) -> tuple[Node, native.Heads] | No
     product = views[0][-1]
     if None in places or any(view[-1] is not product for view in views):
         return None
-    if len(product.users) != len(heads) or product.args[3][0] != "bfloat16":
+    arguments: Any = product.args
+    _, _, outputs, output, _ = arguments
+    if len(product.users) != len(heads) or output[0] != "bfloat16":
         return None
     starts, counts, widths = zip(*(one for one in places if one is not None), strict=True)
     if len(set(counts)) > 1 or len(set(widths)) > 1 or widths[0] % native.LANES:
         return None
-    return product, (product.args[2], starts, counts[0], widths[0])
+    return product, (outputs, (starts[0], starts[1], starts[2]), counts[0], widths[0])
 
 
 def _place(view: list[Node], shape: Any) -> tuple[int, int, int] | None:
@@ -337,8 +342,9 @@ def _place(view: list[Node], shape: Any) -> tuple[int, int, int] | None:
         return None
     if len(sizes) != 4 or len(shape) != 3 or list(sizes[:2]) != list(shape[:2]):
         return None
-    _, axis, start, end = part.args
-    width: Any = sizes[3]
+    arguments: tuple[Any, ...] = part.args
+    _, axis, start, end = arguments
+    width = sizes[3]
     if axis != -1 or not isinstance(width, int) or (end - start) % width:
         return None
     return start, (end - start) // width, width

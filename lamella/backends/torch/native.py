@@ -69,8 +69,12 @@ def packed(codes: Tensor, scales: Tensor, bias: Tensor | None, grid: chain.Grid)
     missing = -len(codes) % _PANEL
     start = codes.sum(1, dtype=torch.int32) * -zero
     known = torch.zeros(scales.shape) if bias is None else bias.float()
-    vectors = [functional.pad(one, (0, missing)) for one in (start, scales * step, known)]
-    return (torch.ops.lamella_native.pack.default(codes), *vectors)
+    return (
+        torch.ops.lamella_native.pack.default(codes),
+        functional.pad(start, (0, missing)),
+        functional.pad(scales * step, (0, missing)),
+        functional.pad(known, (0, missing)),
+    )
 
 
 def product(
