@@ -73,7 +73,9 @@ def bytes_of_plans(count: int) -> Result:
     errors: dict[str, list[float]] = {target: [] for target in targets}
     sizes: dict[str, list[int]] = {target: [] for target in targets}
     graph = small_llama()
-    structure = {t: written(graph, t) - weights_of(graph, t, {}) for t in WHOLE}
+    uniform = {site.weight: Format(4, 32) for site in find_sites(graph)}
+    plain = rounded(graph, uniform)
+    structure = {t: written(plain, t) - weights_of(graph, t, uniform) for t in WHOLE}
     for seed in range(count):
         plan = random_plan(graph, seed)
         edited = rounded(graph, plan)
@@ -89,8 +91,8 @@ def bytes_of_plans(count: int) -> Result:
     columns = ("file", "smallest, bytes", "largest, bytes", "median error, %", "largest error, %")
     model = f"random Llama of {sum(site.size for site in find_sites(graph)) / 1e6:.1f} M weights"
     notes = (
-        "predicted: byte formulas of the weights; of ONNX files and torch packages also the graph "
-        "as it was before",
+        "predicted: byte formulas of the weights; of ONNX files and torch packages also what is "
+        "beside the weights when all of them have 4 bits",
         "each plan draws bits, block and zero points for every group of weights",
     )
     return Result("formats_bytes", f"{count} random plans, {model}", columns, rows, notes)
