@@ -19,6 +19,7 @@ SCRIPTS = {
     "kv-cache": ("benchmarks.kv_cache", "--record"),
     "generate": ("benchmarks.generate", "--record"),
     "mixed-decode": ("benchmarks.mixed_decode",),
+    "int4-loss": ("benchmarks.int4_loss", "--record"),
     "compile-time": ("benchmarks.compile_time",),
     "onnx-writer": ("benchmarks.onnx_writer",),
     "onnx-kernels": ("benchmarks.onnx_kernels",),

@@ -57,9 +57,11 @@ def offered(
     refused = [one for one in failed if not (one.is_right and backend.slow_kernels)]
     if refused and strict:
         listed = "; ".join(_why(one) for one in refused)
+        slow = all(one.is_right for one in refused)
+        more = ", or these kernels with slow_kernels=True of the backend" if slow else ""
         raise BackendError(
             f"{_NOT_OFFERED}: {listed}; choose other formats, or allow floats in their place with "
-            f"strict=False"
+            f"strict=False{more}"
         )
     kept = tuple(f"used as asked: {_why(one)}" for one in failed if one not in refused)
     remarks = (*kept, *prober.problems)

@@ -253,8 +253,7 @@ def test_a_saved_decoder(captured: Captured, tmp_path: Path):
         assert_near(ours.step(one, given), theirs.step(two, given))
 
 
-def test_both_forms_read_one_file_of_weights(captured: Captured, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("lamella.backends.onnxruntime.files._ONE_FILE_BYTES", 0)
+def test_both_forms_read_one_file_of_weights(captured: Captured, tmp_path: Path):
     step = _steps(captured, WIDE)
     backend = OnnxRuntimeBackend(threads=1)
     executable = backend.lower(step)

@@ -309,6 +309,37 @@ def test_what_others_read_is_not_drawn_in() -> None:
     assert off(executable(x), graph(x)) < 1e-2
 
 
+class Twice(nn.Module):
+    """One layer that reads two ranges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.linear(input) + self.linear(input * 3 + 5)
+
+
+@needs_kernels
+def test_layers_with_one_weight_keep_their_ranges() -> None:
+    torch.manual_seed(0)
+    graph, x = quantized(Twice())
+    executable = EagerBackend(bfloat16=True).lower(graph)
+    assert executable.lowered.counts == {NATIVE: 2}
+    assert off(executable(x), graph(x)) < 1e-5
+    held = dict(executable.lowered.module.named_buffers())
+    assert sum(name.endswith("_panels") for name in held) == 1
+    assert sum(name.endswith("_slopes") for name in held) == 2
+
+
+@needs_kernels
+def test_no_sequences_give_nothing() -> None:
+    torch.manual_seed(0)
+    graph, _ = quantized(Layer())
+    executable = EagerBackend(bfloat16=True).lower(graph)
+    assert executable(torch.empty(0, 6, 64)).shape == (0, 6, 64)
+
+
 @needs_kernels
 def test_inputs_that_are_no_whole_fours_go_to_onednn() -> None:
     torch.manual_seed(0)

@@ -121,8 +121,11 @@ def test_a_wrong_kernel_is_not_offered(tmp_path: Path) -> None:
 
 
 def test_strict_names_the_kernel(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"not offered on this machine: int8-rows \(onednn"):
+    with pytest.raises(
+        BackendError, match=r"not offered on this machine: int8-rows \(onednn"
+    ) as it:
         offered(integer_graph(), Wrong(), tmp_path, strict=True)
+    assert "slow_kernels" not in str(it.value)
 
 
 def test_a_kernel_that_refuses_is_not_offered(tmp_path: Path) -> None:
@@ -137,6 +140,8 @@ def test_a_slow_kernel_is_for_who_asks(tmp_path: Path, monkeypatch: pytest.Monke
     found = offered(graph, OnnxRuntimeBackend(threads=1), tmp_path)
     assert "3e+03 ms for a large layer, 2e+03 ms without; 2 layers" in found.remarks[0]
     assert not found.graph.find(lam.linear_int8.default)
+    with pytest.raises(BackendError, match=r"or these kernels with slow_kernels=True"):
+        offered(graph, OnnxRuntimeBackend(threads=1), tmp_path, strict=True)
     asked = offered(graph, OnnxRuntimeBackend(threads=1, slow_kernels=True), tmp_path, strict=True)
     assert asked.graph is graph
     assert asked.remarks[0].startswith("used as asked: int8-rows")

@@ -101,7 +101,7 @@ class OnnxRuntimeBackend(Backend):
             buffered = write_onnx(
                 graph, opset=self.opset, contrib=self.contrib, caches=Caches.BOUND
             )
-            save_model(buffered, scratch.path, DECODER)
+            save_model(buffered, scratch.path, DECODER, shares_weights=True)
             save_beside(model, scratch.path, DECODER)
         files = OnnxFiles(scratch.path, outputs_of(graph), size, binding, scratch)
         return OnnxExecutable(files, self._opener(), graph.signature, specs_of(graph), report)

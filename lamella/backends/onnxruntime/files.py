@@ -41,11 +41,14 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in values if value.const_value is not None)
 
 
-def save_model(model: ir.Model, folder: Path, name: str = MODEL) -> None:
+def save_model(
+    model: ir.Model, folder: Path, name: str = MODEL, *, shares_weights: bool = False
+) -> None:
     """Write a model into a folder.
 
     Weights are read, written and forgotten one by one. A model of more than 16 MB has them in a
-    file of their own, which ONNX Runtime maps into memory instead of reading it.
+    file of their own, which ONNX Runtime maps into memory instead of reading it; so has one whose
+    weights another model is to share (see `save_beside`).
 
     Raises:
         OSError: The disk is full, or the folder can't be written.
@@ -54,7 +57,7 @@ def save_model(model: ir.Model, folder: Path, name: str = MODEL) -> None:
     size = weight_bytes(model)
     check_space(folder, size + _SPARE_BYTES)
     try:
-        if size <= _ONE_FILE_BYTES:
+        if size <= _ONE_FILE_BYTES and not shares_weights:
             ir.save(model, folder / name)
         else:
             ir.save(

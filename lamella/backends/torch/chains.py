@@ -360,7 +360,7 @@ def _sources(node: Node, count: int) -> list[Node]:
 
 def _erase_unread(nodes: list[Any]) -> None:
     """Erase views that nothing reads any more, and what they alone read."""
-    for node in nodes:
+    for node in dict.fromkeys(nodes):
         for one in _sources(node, 2):
             if not one.users and one.target in _VIEWS:
                 one.graph.erase_node(one)
@@ -401,11 +401,12 @@ def _emit_native(
     state: Lowered, product: _Product, key: tuple[Node, ...], vectors: tuple[Tensor, Tensor]
 ) -> None:
     made = native.packed(torch.cat(product.weights), *vectors, product.grid)
-    name = f"{key[0].target}_native"
-    parts = ("panels", "start", "slopes", "bias")
+    # Layers may share a weight and read codes of other grids.
+    name = f"{key[0].target}_native{len(state.held)}"
+    names = {"panels": (), "start": product.grid, "slopes": product.grid, "bias": ()}
     operands = tuple(
-        held(state, (*key, product.grid, NATIVE, part), f"{name}_{part}", lambda one=one: one)
-        for part, one in zip(parts, made, strict=True)
+        held(state, (*key, grid, NATIVE, part), f"{name}_{part}", lambda one=one: one)
+        for (part, grid), one in zip(names.items(), made, strict=True)
     )
     node, norm = product.node, product.norm
     if norm is None:

@@ -269,7 +269,7 @@ at::Tensor product_attention(const at::Tensor& input, const at::Tensor& panels,
                              int64_t zero) {
   TORCH_CHECK(shape.size() == 2 && starts.size() == 3, "not batch and rows, or not three parts");
   const int64_t batch = shape[0], rows = shape[1], width = heads * size;
-  const at::Tensor codes = input.reshape({batch, rows, -1});
+  const at::Tensor codes = input.reshape({batch, rows, input.size(-1)});
   if (batch < SEVERAL * at::get_num_threads()) {
     const at::Tensor joined =
         product(codes, panels, start, slopes, bias, outputs, BFLOATS, NONE, 1, 0);
