@@ -70,6 +70,9 @@ def ours(judge: Judge) -> Iterator[tuple[str, int, Tensor]]:
             lamella.transform(edited, passes, samples=seen)
             losses = judge.of_outputs(outputs(edited, judge.case.unseen))
             yield f"lamella, {method}, blocks of {block}", size, losses
+        lamella.transform(edited, ["quantize-cache"], samples=seen)
+        losses = judge.of_outputs(outputs(edited, judge.case.unseen))
+        yield f"lamella, {METHODS[-1]}, blocks of {block}, 8-bit cache", size, losses
 
 
 def table(judge: Judge, found: Mapping[str, tuple[int, Tensor]]) -> Result:

@@ -6,6 +6,7 @@ faster than the model it came from, except by what the passes took away.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from lamella.ir import ops
 from lamella.ir.graph import Graph
 from lamella.ir.signature import Signature
 from lamella.report import Report
+
+logger = logging.getLogger(__name__)
 
 lam = torch.ops.lamella
 
@@ -144,7 +147,10 @@ class EagerBackend(Backend):
         kept = described.details.get("integers", self.integers)
         native = self.native and bool(described.details.get("native", True))
         allowed = Kernels(_usable(kept), bfloat16, native)
-        return EagerExecutable(portable, signature, report, allowed)
+        executable = EagerExecutable(portable, signature, report, allowed)
+        if executable.lowered.obstacle:
+            logger.warning("%s: %s", artifact.folder, _in_onednn(executable.lowered))
+        return executable
 
     def without(self, format: QuantFormat) -> EagerBackend | None:
         """Products of integers are exact in floats too; other formats have one route."""
@@ -188,4 +194,8 @@ def _remarks(state: Lowered) -> Iterator[str]:
         rough = " (products in bfloat16 are approximations)" if state.kernels.bfloat16 else ""
         yield f"linear layers with kernels of their own: {listed}{rough}"
     if state.obstacle:
-        yield f"chains of 8-bit integers run in oneDNN, which is slower: {state.obstacle}"
+        yield _in_onednn(state)
+
+
+def _in_onednn(state: Lowered) -> str:
+    return f"chains of 8-bit integers run in oneDNN, which is slower: {state.obstacle}"

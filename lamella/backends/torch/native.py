@@ -6,8 +6,9 @@ cache: an activation, or a residual and a layer norm, and the codes of the next 
 reads heads where the product wrote them, and gives codes.
 
 The sources are C++ for processors with AVX-512, VNNI and BF16. They are compiled with ``$CXX`` or
-``g++`` once for a user and a version of PyTorch, which takes ten seconds. Where that does not
-work, nothing is lost but time: `obstacle` says why, and oneDNN multiplies.
+``g++`` once for a user and a version of PyTorch, which takes ten seconds; where the compiled file
+is, no compiler is needed. Where that does not work, nothing is lost but time: `obstacle` says why,
+and oneDNN multiplies.
 """
 
 from __future__ import annotations
@@ -181,42 +182,39 @@ def obstacle() -> str:
     missing = _missing_instructions()
     if missing:
         return f"the processor has no {', '.join(missing)}"
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler {compiler!r}: install g++, or set CXX to another one"
+    path = library()
+    if not path.is_file():
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            return f"there is no C++ compiler {compiler!r}: install g++, or set CXX to another one"
+        try:
+            compile_library(path, compiler)
+        except (OSError, subprocess.CalledProcessError) as error:
+            return f"the kernels can't be compiled ({_reason(error)})"
     try:
-        _load(library(compiler))
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"the kernels can't be compiled ({_reason(error)})"
+        torch.ops.load_library(path)
+    except OSError as error:
+        # The next process makes it anew.
+        path.unlink(missing_ok=True)
+        return f"the compiled kernels can't be loaded ({_reason(error)})"
     return _mistake()
 
 
-def _load(path: Path) -> None:
-    """Load compiled kernels; a file that is damaged goes, so that the next process makes it anew.
-
-    Raises:
-        OSError: They can't be loaded.
-    """
-    try:
-        torch.ops.load_library(path)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+def library(folder: Path | None = None) -> Path:
+    """Where the compiled kernels are or go, by default in the cache of this user."""
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    version = f"{torch.__version__} {' '.join(_FLAGS)}".encode()
+    name = hashlib.sha256(b"\0".join((version, *sources))).hexdigest()[:16]
+    return (folder or user_cache("native")) / f"{name}.so"
 
 
-def library(compiler: str, folder: Path | None = None) -> Path:
-    """The compiled kernels; compiled now if they are not in `folder`, by default the user's.
+def compile_library(path: Path, compiler: str) -> None:
+    """Compile the kernels into a file.
 
     Raises:
         OSError: The folder can't be written.
         subprocess.CalledProcessError: The compiler fails.
     """
-    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    version = f"{torch.__version__} {compiler} {' '.join(_FLAGS)}".encode()
-    name = hashlib.sha256(b"\0".join((version, *sources))).hexdigest()[:16]
-    path = (folder or user_cache("native")) / f"{name}.so"
-    if path.is_file():
-        return path
     logger.info("compiling kernels for this processor into %s", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -225,7 +223,6 @@ def library(compiler: str, folder: Path | None = None) -> Path:
         subprocess.run(command, check=True, capture_output=True, text=True)
         # Another process may have been faster; both files are the same.
         made.replace(path)
-    return path
 
 
 def _links() -> list[str]:
