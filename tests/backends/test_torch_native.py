@@ -415,13 +415,27 @@ def test_a_processor_without_the_instructions_is_said(
     remark_of("the processor has no avx512_vnni")
 
 
-def test_a_kernel_that_is_wrong_is_not_used(anew, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native.obstacle():
-        pytest.skip(native.obstacle())
-    native.obstacle.cache_clear()
-    right = native.product
-    monkeypatch.setattr(native, "product", lambda *given: right(*given) * 1.001)
-    remark_of("a product is off by")
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        ("product", "a product is off by"),
+        ("product_norm", "a layer norm is off by"),
+        ("attention", "attention is off by"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_not_used(
+    kernel: str, words: str, anew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(native, kernel)
+
+    def wrong(*given: object) -> object:
+        found = right(*given)
+        # Codes of attention are off by two steps.
+        return (found[0] * 1.001, found[1]) if isinstance(found, tuple) else found * 1.001 + 2
+
+    monkeypatch.setattr(native, kernel, wrong)
+    remark_of(words)
 
 
 def test_a_file_appears_when_it_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -446,3 +460,18 @@ def test_a_damaged_file_is_made_anew(anew, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(native, "library", lambda: damaged)
     assert "can't be loaded" in native.obstacle()
     assert not damaged.exists()
+
+
+def test_a_damaged_file_that_must_stay_is_said(
+    anew, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "kernels.so"
+    damaged.write_bytes(b"no library")
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(f"{self} can't be written")
+
+    monkeypatch.setattr(native, "_missing_instructions", list)
+    monkeypatch.setattr(native, "library", lambda: damaged)
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert "can't be loaded" in native.obstacle()

@@ -13,6 +13,7 @@ and oneDNN multiplies.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -194,8 +195,9 @@ def obstacle() -> str:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        # The next process makes it anew.
-        path.unlink(missing_ok=True)
+        # The next process makes it anew, where it can.
+        with contextlib.suppress(OSError):
+            path.unlink()
         return f"the compiled kernels can't be loaded ({_reason(error)})"
     return _mistake()
 
@@ -249,13 +251,31 @@ def _reason(error: Exception) -> str:
 
 
 def _mistake() -> str:
-    """What a kernel gets wrong, or nothing: one product, beside float64."""
+    """What a kernel gets wrong, or nothing: each once, beside plain operators."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (7, 64), generator=generator, dtype=torch.uint8)
     weight = torch.randint(-127, 128, (70, 64), generator=generator, dtype=torch.int8)
-    scales = torch.rand(70, generator=generator)
-    got = product(codes, packed(weight, scales, None, (0.5, 100)), 70)
+    scales = torch.rand(70, generator=generator) / 1000
+    heads = torch.randn(3, 1, 2, 9, 16, generator=generator)
+    operands, grid = packed(weight, scales, None, (0.5, 100)), (0.04, 128)
     want = ((codes.double() - 100) * 0.5) @ (weight.double() * scales.double()[:, None]).t()
-    off = float((got - want).abs().max() / want.abs().max())
-    # Sums of integers are exact; what is left is the rounding of float32.
-    return "" if off < 1e-6 else f"a product is off by {off:.2g} of the largest result"
+    one, zero = torch.ones(70), torch.zeros(70)
+    normed, rounded = product_norm(codes, operands, zero, one, zero, 1e-5, grid)
+    attended = attention((heads[0], heads[1], heads[2]), None, 0.25, grid)
+    mixed = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2])
+    found = {
+        # Sums of integers are exact; what is left is the rounding of float32, of numbers up to 54.
+        "a product": (product(codes, operands, 70), want, 2e-5),
+        "a layer norm": (normed, functional.layer_norm(want, [70]), 1e-5),
+        # Half a step of the grid, and for attention what bfloat16 rounds.
+        "codes": (_decoded(rounded, grid), normed, 0.021),
+        "attention": (_decoded(attended, grid), mixed.transpose(1, 2).flatten(2), 0.05),
+    }
+    off = {name: float((got - true).abs().max()) for name, (got, true, _) in found.items()}
+    wrong = [name for name, (_, _, allowed) in found.items() if not off[name] <= allowed]
+    return "; ".join(f"{name} is off by {off[name]:.2g}" for name in wrong)
+
+
+def _decoded(codes: Tensor, grid: chain.Grid) -> Tensor:
+    step, zero = grid
+    return (codes.float() - zero) * step

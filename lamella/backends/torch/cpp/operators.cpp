@@ -156,12 +156,14 @@ std::tuple<at::Tensor, at::Tensor> product_norm(
     }
   };
   const int64_t rows = out.numel() / weight.outputs;
+  // Asked once: the threads that are counted may be others inside of a part.
+  const bool split = are_few(rows, weight);
   over_parts(rows, weight, [&](const Part& part) {
     multiply(from, part, weight, finish);
-    if (!are_few(rows, weight)) apply(part.row, part.row_end);
+    if (!split) apply(part.row, part.row_end);
   });
-  // Otherwise no part has whole rows.
-  if (are_few(rows, weight)) over_rows(rows, apply);
+  // No part has whole rows.
+  if (split) over_rows(rows, apply);
   return {out, rounded};
 }
 
