@@ -95,12 +95,12 @@ def _candidates(
 
 
 def _in_the_runner(graph: Graph, place: Path) -> Iterator[Candidate]:
-    for cache, one in (("", graph), (", 8-bit cache", ours.with_codes(graph))):
-        for block in (32, 128):
-            target = place / f"ours-{block}{cache}"
-            made = ours.quantized(one, 4, block)
-            lamella.save_checkpoint(made, target, format="onnxruntime-genai")
-            yield runner.run(f"lamella, 4 bits, blocks of {block}{cache}, in that runner", target)
+    coded = ours.with_codes(graph)
+    for block, cache in ((32, ""), (128, ""), (256, ""), (256, ", 8-bit cache")):
+        target = place / f"ours-{block}{cache}"
+        made = ours.quantized(coded if cache else graph, 4, block)
+        lamella.save_checkpoint(made, target, format="onnxruntime-genai")
+        yield runner.run(f"lamella, 4 bits, blocks of {block}{cache}, in that runner", target)
 
 
 # ---- timing -----------------------------------------------------------------------------

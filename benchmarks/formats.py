@@ -29,7 +29,7 @@ from lamella.checkpoints.save import save_checkpoint
 from lamella.ir.graph import Graph
 from lamella.ir.huggingface import capture_pretrained
 from lamella.ir.ops import aten
-from lamella.ir.quantize import BITS, BLOCKS, Format
+from lamella.ir.quantize import BITS, Format, blocks_of
 from lamella.passes.base import Analyses
 from lamella.passes.sites import Site, find_sites
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
@@ -110,10 +110,12 @@ def small_llama(**sizes: Any) -> Graph:
 def random_plan(graph: Graph, seed: int) -> dict[str, Format]:
     """A format for every weight; those of a layer that are merged need not agree."""
     draw = random.Random(seed)
-    return {
-        site.weight: Format(draw.choice(BITS), draw.choice(BLOCKS), draw.random() < 0.7)
-        for site in find_sites(graph)
-    }
+
+    def drawn() -> Format:
+        bits = draw.choice(BITS)
+        return Format(bits, draw.choice(blocks_of(bits)), draw.random() < 0.7)
+
+    return {site.weight: drawn() for site in find_sites(graph)}
 
 
 def rounded(graph: Graph, plan: Mapping[str, Format]) -> Graph:

@@ -26,7 +26,7 @@ from lamella.passes.sites import find_sites
 
 BUILDER = (("rtn", 32), ("k_quant", 32), ("rtn", 128))
 METHODS = ("rtn", "gptq", "quantease")
-BLOCKS = (32, 128)
+BLOCKS = (32, 128, 256)
 BASE = "genai builder, rtn, blocks of 32"
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 Call = Callable[[], object]
 
-STEPS = 5
-"""Tokens of a call, so that threads that wake up, and pauses between candidates, weigh little."""
+STEPS = 20
+"""Tokens of a call: who generates has weights in the cache from the token before, and a turn begins
+with those of another candidate there, and with threads that sleep."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lamella.passes.transforms.quantize_cache import QuantizeCache
 from lamella.passes.transforms.quantize_weights import QuantizeWeights
 from lamella.rewrite.incremental import incremental
 
-FORMATS = ((32, 0), (8, 128), (4, 32), (4, 128))
+FORMATS = ((32, 0), (8, 128), (4, 32), (4, 128), (4, 256))
 """Bits and block."""
 MIXED = "5"
 """Bits per weight of the mixed plan, by the error of the weights."""
@@ -60,10 +60,8 @@ def ours(graph: Graph, capacity: int) -> Iterator[Candidate]:
         else:
             name = f"lamella, {bits} bits, blocks of {block}"
             yield candidate(name, quantized(graph, bits, block), capacity)
-    codes = with_codes(graph)
-    for block in (32, 128):
-        name = f"lamella, 4 bits, blocks of {block}, 8-bit cache"
-        yield candidate(name, quantized(codes, 4, block), capacity)
+    coded = quantized(with_codes(graph), 4, 256)
+    yield candidate("lamella, 4 bits, blocks of 256, 8-bit cache", coded, capacity)
     integers = quantized(graph, 8, 128, "int8-tensor")
     yield candidate("lamella, 8 bits, 8-bit activations", integers, capacity)
     yield candidate(f"lamella, {MIXED} bits mixed", mixed(graph), capacity)
@@ -82,7 +80,7 @@ def candidate(name: str, graph: Graph, capacity: int) -> Candidate:
         def call() -> None:
             for _ in range(STEPS):
                 decoder.step(state, new)
-            state.crop(past)
+                state.crop(past)
 
         return call
 

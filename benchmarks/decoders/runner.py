@@ -17,7 +17,7 @@ from lamella.backends.onnxruntime.session import Session
 from lamella.backends.onnxruntime.threads import physical_cores, worker_cpus
 
 BUILDS = (
-    *(("int4", 32, False), ("int4", 32, True), ("int4", 128, False), ("int4", 128, True)),
+    *(("int4", 32, False), ("int4", 32, True), ("int4", 128, False), ("int4", 256, False)),
     ("fp32", 32, False),
 )
 """Precision, block (the builder's own default is 32), and whether the cache holds 8-bit codes."""

@@ -18,7 +18,7 @@ import torch
 from lamella.ir import ops
 from lamella.ir.ops import aten, lam
 from lamella.ir.packing import WIDTHS
-from lamella.ir.quantize import BLOCKS, Format, weight_bytes
+from lamella.ir.quantize import Format, blocks_of, weight_bytes
 
 Activations = Literal["same", "int8-block", "int8-row", "int8-tensor", "int8-static", "bfloat16"]
 Role = Literal["linear", "embedding", "convolution"]
@@ -113,7 +113,7 @@ def in_blocks(
     """Codes in blocks of every width and size, without and with zero points."""
     operator = lam.linear_nbits.default if role == "linear" else lam.embedding_nbits.default
     for bits in widths:
-        for block in BLOCKS:
+        for block in blocks_of(bits):
             for symmetric in (True, False):
                 yield QuantFormat(
                     f"{bits}/{block}{'' if symmetric else 'z'}",

@@ -37,8 +37,11 @@ BITS = (2, 3, 4, 5, 6, 8, 32)
 KERNEL_BITS: Mapping[int, int] = MappingProxyType({2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 32: 32})
 """Width of a grid -> the width in which kernels read its codes."""
 
-BLOCKS = (32, 64, 128)
+BLOCKS = (32, 64, 128, 256)
 """Weights that share a scale."""
+
+USUAL_BLOCKS = BLOCKS[:3]
+"""Those that are compared where nobody says which: each costs scores and measurements."""
 
 SCALE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float16": torch.float16, "float32": torch.float32}
@@ -68,7 +71,7 @@ class Format:
 
     Attributes:
         bits: 2, 3, 4, 5, 6, 8, or 32 for a weight that stays as it is.
-        block: Entries along the last axis that share a scale: 32, 64 or 128.
+        block: Entries along the last axis that share a scale: 32, 64, 128, or 256 but for 2 bits.
         symmetric: Zero is the code ``2**(bits-1)``; otherwise each block stores its zero.
         scale_dtype: float16 or float32.
 
@@ -84,6 +87,7 @@ class Format:
     def __post_init__(self) -> None:
         _one_of("bits", self.bits, BITS)
         _one_of("block", self.block, BLOCKS)
+        _one_of(f"block of {self.bits} bits", self.block, blocks_of(self.bits))
         _one_of("scale_dtype", self.scale_dtype, tuple(SCALE_DTYPES.values()))
 
     def __str__(self) -> str:
@@ -179,6 +183,11 @@ class Integers:
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for, as float32."""
         return self.codes * self.scales[:, None]
+
+
+def blocks_of(bits: int) -> tuple[int, ...]:
+    """The blocks that a width comes in; ONNX Runtime 1.31 has no fast kernel for 256 of 2 bits."""
+    return BLOCKS[:3] if bits == 2 else BLOCKS
 
 
 def weight_bytes(shape: Sequence[int], format: Format, dtype: torch.dtype = torch.float32) -> int:

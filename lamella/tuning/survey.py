@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from lamella.errors import closest
 from lamella.ir.graph import Graph
 from lamella.ir.packing import WIDTHS
-from lamella.ir.quantize import BLOCKS, Format
+from lamella.ir.quantize import USUAL_BLOCKS, Format, blocks_of
 from lamella.passes.products import kernels_of, products_of
 from lamella.passes.times import Kernel, Times, Workload, stored
 
-FORMATS = ("fp32", *(f"{bits}/{block}" for bits in WIDTHS for block in BLOCKS), "int8")
+FORMATS = ("fp32", *(f"{bits}/{block}" for bits in WIDTHS for block in USUAL_BLOCKS), "int8")
 """What is measured where nobody says what."""
 
 ROWS = (1, 16, 128)
@@ -91,7 +91,7 @@ def check_formats(formats: Sequence[str]) -> None:
         if format in _OTHERS:
             continue
         found = _GRID.fullmatch(format)
-        if found and int(found[1]) in WIDTHS and int(found[2]) in BLOCKS:
+        if found and int(found[1]) in WIDTHS and int(found[2]) in blocks_of(int(found[1])):
             continue
         known = (*FORMATS, "int8-rows")
         raise ValueError(

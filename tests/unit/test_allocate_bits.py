@@ -260,7 +260,7 @@ def test_roles(captured: Callable[[str], Graph]) -> None:
     ("options", "message"),
     [
         ({"choices": (4, 7)}, "choices must be among 2, 3, 4, 5, 6, 8, 32"),
-        ({"choices": ("4/48",)}, "blocks 32, 64, 128"),
+        ({"choices": ("4/48",)}, "blocks 32, 64, 128, 256"),
         ({"budget": "4, 5 MB"}, "two budgets of one kind"),
         ({"budget": "4 bits prefill"}, "only a time is of a call"),
         ({"choices": ()}, "choices must name at least one width"),

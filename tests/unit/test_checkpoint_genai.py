@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import onnxruntime_genai
 import pytest
 import torch
@@ -47,6 +49,27 @@ def test_the_runner_generates_what_transformers_generates(name, tmp_path):
     # Only one of the two repeats the token that ends the text.
     assert got == wanted[: len(got)]
     assert len(wanted) - len(got) <= 1
+
+
+def test_logits_are_those_of_the_last_token_that_is_there(tmp_path):
+    model, prompts, new = model_of("llama"), ([5, 17, 40, 8, 23, 61], [9, 12, 44]), 8
+    lamella.save_checkpoint(lamella.capture(model), tmp_path / "out", format="onnxruntime-genai")
+    written = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    (logits,) = [value for value in written.graph.output if value.name == "logits"]
+    assert [dim.dim_value for dim in logits.type.tensor_type.shape.dim][1] == 1
+    runner = onnxruntime_genai.Model(str(tmp_path / "out"))
+    options = onnxruntime_genai.GeneratorParams(runner)
+    options.set_search_options(max_length=6 + new, batch_size=2, do_sample=False)
+    generator = onnxruntime_genai.Generator(runner, options)
+    # The runner fills prompts up on the right.
+    generator.append_tokens(np.array([[*p, *[0] * (6 - len(p))] for p in prompts], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    for index, prompt in enumerate(prompts):
+        given = torch.tensor([prompt])
+        wanted = model.generate(input_ids=given, max_new_tokens=new, do_sample=False)[0].tolist()
+        got = [int(token) for token in generator.get_sequence(index)]
+        assert got[6:] == wanted[len(prompt) :]
 
 
 def test_blocks_that_were_dropped_are_gone_from_the_config(tmp_path):

@@ -221,7 +221,9 @@ def test_error_falls_with_bits_and_grows_with_block() -> None:
     weight = _weight(32, 256)
     by_bits = [_loss(weight, dequantized(weight, Format(bits, 32))) for bits in (2, 3, 4, 5, 6, 8)]
     assert by_bits == sorted(by_bits, reverse=True)
-    by_block = [_loss(weight, dequantized(weight, Format(4, block))) for block in (32, 64, 128)]
+    by_block = [
+        _loss(weight, dequantized(weight, Format(4, block))) for block in (32, 64, 128, 256)
+    ]
     assert by_block == sorted(by_block)
 
 

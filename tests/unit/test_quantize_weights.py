@@ -208,7 +208,8 @@ def test_quantized_operators_keep_their_place(captured: Callable[[str], Graph]) 
     ("options", "message"),
     [
         ({"bits": 7}, "bits must be one of 2, 3, 4, 5, 6, 8, or none"),
-        ({"bits": 4, "block": 48}, "block must be one of 32, 64, 128"),
+        ({"bits": 4, "block": 48}, "block must be one of 32, 64, 128, 256"),
+        ({"bits": 2, "block": 256}, "block of 2 bits must be one of 32, 64, 128, got 256"),
         ({"bits": 4, "scales": "bfloat16"}, "scales must be one of"),
         ({"min_size": -1}, "must not be negative"),
         ({"bits": 8, "min_rows": -1}, "must not be negative"),

@@ -40,7 +40,7 @@ def add_counts(e: Emission, inputs: Mapping[str, ir.Value]) -> Iterator[ir.Value
         length = e.cast(e.op("Squeeze", total, e.ints(0)), torch.int64, torch.int32)
         summed = e.op("ReduceSum", mask, e.ints(1), keepdims=0)
         filled = e.cast(e.op("Sub", summed, e.ints(1)), torch.int64, torch.int32)
-        e.counts |= {FILLED: filled, TOTAL: length}
+        e.counts |= {FILLED: filled, TOTAL: length, ROWS: _last(e, summed, total, tokens)}
     # The buffers are longer than what they hold: no shape of theirs says how long the past is.
     by_name = dict(zip(e.graph.signature.inputs, e.graph.inputs, strict=True))
     e.know_extent(by_name[layout.mask].meta["val"].shape[1], total)
@@ -49,6 +49,14 @@ def add_counts(e: Emission, inputs: Mapping[str, ir.Value]) -> Iterator[ir.Value
         if slot.grows:
             past = by_name[slot.input].meta["val"].shape[2]
             e.know_extent(past, e.op("Sub", total, new))
+
+
+def _last(e: Emission, summed: ir.Value, total: ir.Value, tokens: ir.Value) -> ir.Value:
+    """The last new token of each sequence that the mask does not hide, as `ROWS`."""
+    # Counted from the end, hidden tokens behind it are less than the new ones, or gone.
+    behind = e.op("Sub", e.op("Sub", summed, e.ints(1)), total)
+    last = e.op("Mod", behind, e.op("Shape", tokens, start=1, end=2))
+    return e.op("Unsqueeze", last, e.ints(1, 2))
 
 
 def _as_inputs(e: Emission) -> Iterator[ir.Value]:

@@ -44,7 +44,8 @@ class Caches(enum.Enum):
             sequence start at the first and have no gaps; the inputs ``filled`` and ``total`` say
             how many there are, and ``rows`` of which new tokens the logits are wanted.
         SHARED: Buffers as for BOUND; how many rows are filled is what the mask sums up to, and
-            all logits are given. Runners that know only the names of a model's inputs use this.
+            logits are those of the last new token of each sequence that the mask doesn't hide.
+            Runners that know only the names of a model's inputs use this.
     """
 
     PLAIN = "plain"

@@ -194,7 +194,8 @@ def _emit(e: Emission, node: Node, emitters: Mapping[Callable[..., Any], Emitter
 def _results(e: Emission, outputs: tuple[Output, ...], names: Names) -> list[ir.Value]:
     """The outputs under their names; each is written by a node of its own name."""
     results: list[ir.Value] = []
-    slots = _slots(e)
+    slots, layout = _slots(e), e.graph.cache
+    one_row = layout.logits if layout and e.options.caches is Caches.SHARED else None
     for output, node in zip(outputs, e.graph.outputs, strict=True):
         if output.name is None:
             continue
@@ -209,6 +210,12 @@ def _results(e: Emission, outputs: tuple[Output, ...], names: Names) -> list[ir.
         value.shape = _shape(held, names) if isinstance(held, Tensor) else ir.Shape([])
         if output.name in slots:
             value.shape = ir.Shape([*value.shape[:2], "capacity", *value.shape[3:]])
+        if (
+            e.options.caches is Caches.SHARED
+            and e.graph.cache
+            and output.name == e.graph.cache.logits
+        ):
+            value.shape = ir.Shape([value.shape[0], 1, *value.shape[2:]])
         results.append(value)
     return results
 

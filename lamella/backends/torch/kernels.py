@@ -16,7 +16,7 @@ from lamella.ir import torch_private
 from lamella.ir.integer_operators import TOP, static_codes
 from lamella.ir.operators import linear_int8, rounded_rows, rounded_tensor
 
-INT4_BLOCKS = (32, 64, 128)
+INT4_BLOCKS = (32, 64, 128, 256)
 """Blocks that the kernel of 4 bits takes."""
 
 _INT4_ROWS = 16

@@ -6,7 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lamella.ir.quantize import BITS, BLOCKS, SCALE_DTYPES, Format, weight_bytes
+from lamella.ir.quantize import (
+    BITS,
+    BLOCKS,
+    SCALE_DTYPES,
+    USUAL_BLOCKS,
+    Format,
+    weight_bytes,
+)
 from lamella.passes.sites import Role, Site
 
 Group = tuple[Site, ...]
@@ -52,7 +59,7 @@ def formats_of(
     Args:
         choices: The names; a width alone has the block and the symmetry of the rest.
         block: Weights that share a scale, where a name doesn't say; None means every one of
-            `BLOCKS`.
+            `USUAL_BLOCKS`.
         symmetric: Without zero points, where a name doesn't say.
         scales: ``"float16"`` or ``"float32"``.
 
@@ -64,7 +71,7 @@ def formats_of(
     """
     if scales not in SCALE_DTYPES:
         raise ValueError(f"scales must be one of {', '.join(SCALE_DTYPES)}, got {scales!r}")
-    blocks = BLOCKS if block is None else (block,)
+    blocks = USUAL_BLOCKS if block is None else (block,)
     several = [Format(4, one, symmetric, SCALE_DTYPES[scales]) for one in blocks]
     found = {_format(str(one), usual) for one in choices for usual in several}
     if not found:

@@ -63,8 +63,8 @@ class AllocateBits(Transform):
             are held in the next width that has a kernel. A width may say its block, and that it
             has zero points: ``4/128``, ``2/32z``.
         by: Name of the score.
-        block: Weights that share a scale, where a choice doesn't say: 32, 64 or 128; None
-            chooses among the three for every weight.
+        block: Weights that share a scale, where a choice doesn't say: 32, 64, 128 or 256;
+            None chooses among the first three for every weight.
         symmetric: No zero points, where a choice doesn't say.
         scales: ``"float16"`` or ``"float32"``.
         embedding_min: An embedding never gets fewer bits.

@@ -63,7 +63,7 @@ class QuantizeWeights(Transform):
     Attributes:
         bits: 2, 3, 4, 5, 6 or 8 for all; None follows the plan of the graph. There is no kernel
             for 3, 5 and 6: codes are held in the next width (see `lamella.ir.quantize`).
-        block: Weights that share a scale: 32, 64 or 128; only with `bits`.
+        block: Weights that share a scale: 32, 64, 128 or 256; only with `bits`.
         symmetric: No zero points, zero is the middle code; only with `bits`.
         scales: ``"float16"`` or ``"float32"``; only with `bits`.
         min_size: Weights with fewer entries stay as they are; only with `bits`.

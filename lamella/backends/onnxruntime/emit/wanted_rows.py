@@ -23,7 +23,7 @@ _HEADS = frozenset({aten.linear.default, lam.linear_nbits.default})
 def plan(e: Emission, emitters: Mapping[Callable[..., Any], Emitter]) -> dict[Node, Emitter]:
     """The head, or what gives the logits when no head is found."""
     layout = e.graph.cache
-    if e.options.caches is not Caches.BOUND or layout is None:
+    if e.options.caches is Caches.PLAIN or layout is None:
         return {}
     place = e.graph.signature.outputs.index(layout.logits)
     logits = e.graph.outputs[place]
