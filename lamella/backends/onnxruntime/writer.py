@@ -210,11 +210,7 @@ def _results(e: Emission, outputs: tuple[Output, ...], names: Names) -> list[ir.
         value.shape = _shape(held, names) if isinstance(held, Tensor) else ir.Shape([])
         if output.name in slots:
             value.shape = ir.Shape([*value.shape[:2], "capacity", *value.shape[3:]])
-        if (
-            e.options.caches is Caches.SHARED
-            and e.graph.cache
-            and output.name == e.graph.cache.logits
-        ):
+        if output.name == one_row:
             value.shape = ir.Shape([value.shape[0], 1, *value.shape[2:]])
         results.append(value)
     return results
