@@ -38,7 +38,7 @@ def built(source: Path, place: Path, sizes: Sizes) -> Iterator[Candidate | str]:
         if not _build(source, target, precision, (f"block_size={block}", *cache)):
             yield name
             continue
-        yield _bound(name, target / "model.onnx", sizes, torch.int8 if codes else torch.float32)
+        yield bound(name, target, sizes, codes=codes)
         if precision == "int4":
             yield run(f"{name}, in its runner", target)
 
@@ -105,12 +105,19 @@ def _build(source: Path, target: Path, precision: str, given: tuple[str, ...]) -
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
-def _bound(name: str, path: Path, sizes: Sizes, dtype: torch.dtype) -> Candidate:
+def bound(
+    name: str, folder: Path, sizes: Sizes, *, codes: bool, last_only: bool = False
+) -> Candidate:
+    """The session of a folder with its caches bound, which hold codes or floats.
+
+    With `last_only` it gives the logits of the last token of a prompt alone.
+    """
+    path, dtype = folder / "model.onnx", torch.int8 if codes else torch.float32
     session = Session(path)
-    files = [file for file in path.parent.iterdir() if file.name.startswith(path.name)]
+    files = [file for file in folder.iterdir() if file.name.startswith(path.name)]
     read = sum(file.stat().st_size for file in files) - sizes.embedding_bytes
 
-    def bound(past: int, new: int) -> Call:
+    def ready(past: int, new: int) -> Call:
         call = session.bind()
         for key in [key for key in session.inputs if key.startswith("past_key_values")]:
             buffer = torch.zeros(1, sizes.heads, sizes.capacity, sizes.width, dtype=dtype)
@@ -118,11 +125,11 @@ def _bound(name: str, path: Path, sizes: Sizes, dtype: torch.dtype) -> Candidate
             call.output(key.replace("past_key_values", "present"), buffer)
         call.input("input_ids", prompt(new))
         call.input("attention_mask", prompt(past + new))
-        call.output("logits", torch.empty(1, new, sizes.vocabulary))
+        call.output("logits", torch.empty(1, 1 if last_only else new, sizes.vocabulary))
         return call.run
 
     def decode(past: int) -> Call:
-        once = bound(past, 1)
+        once = ready(past, 1)
         return lambda: [once() for _ in range(STEPS)]
 
-    return Candidate(name, read, decode, lambda tokens: bound(0, tokens))
+    return Candidate(name, read, decode, lambda tokens: ready(0, tokens))
