@@ -22,7 +22,7 @@ from lamella.rewrite.incremental import incremental
 from lamella.timing import measure
 
 PAST, NEW = 128, 64
-BLOCKS = (32, 128)
+BLOCKS = (32, 128, 256)
 
 
 def main() -> None:

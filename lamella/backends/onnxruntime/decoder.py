@@ -93,12 +93,12 @@ class OnnxDecoder(Decoder):
             return None
         if self.layout.mask in self._reads:
             return None  # it gets longer with every token
-        call.tensor(self.layout.tokens).copy_(tokens)
+        call.write(self.layout.tokens, tokens)
         for name, value in ((FILLED, state.length), (TOTAL, state.length + 1)):
             if name in self._reads:
-                call.tensor(name).fill_(value)
+                call.write(name, value)
         if self.layout.positions in self._reads:
-            call.tensor(self.layout.positions).fill_(state.length)
+            call.write(self.layout.positions, state.length)
         call.run()
         state.turn()
         state.filled = [state.length + 1] * state.batch
