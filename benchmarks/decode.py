@@ -102,7 +102,7 @@ def _in_the_layout(graph: Graph, place: Path, sizes: Sizes) -> Iterator[Candidat
         made = ours.quantized(coded if cache else graph, 4, block)
         lamella.save_checkpoint(made, target, format="onnxruntime-genai")
         name = f"lamella, 4 bits, blocks of {block}{cache}"
-        yield runner.bound(f"{name}, bare", target, sizes, codes=bool(cache), last_only=True)
+        yield runner.bound(f"{name}, bare", target, sizes, codes=bool(cache))
         yield runner.run(f"{name}, in that runner", target)
 
 

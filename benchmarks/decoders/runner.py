@@ -38,7 +38,9 @@ def built(source: Path, place: Path, sizes: Sizes) -> Iterator[Candidate | str]:
         if not _build(source, target, precision, (f"block_size={block}", *cache)):
             yield name
             continue
-        yield bound(name, target, sizes, codes=codes)
+        files = [file for file in target.iterdir() if file.name.startswith("model.onnx")]
+        read = sum(file.stat().st_size for file in files) - sizes.embedding_bytes
+        yield bound(name, target, sizes, codes=codes, weight_bytes=read)
         if precision == "int4":
             yield run(f"{name}, in its runner", target)
 
@@ -106,16 +108,14 @@ def _build(source: Path, target: Path, precision: str, given: tuple[str, ...]) -
 
 
 def bound(
-    name: str, folder: Path, sizes: Sizes, *, codes: bool, last_only: bool = False
+    name: str, folder: Path, sizes: Sizes, *, codes: bool, weight_bytes: int | None = None
 ) -> Candidate:
     """The session of a folder with its caches bound, which hold codes or floats.
 
-    With `last_only` it gives the logits of the last token of a prompt alone.
+    Without `weight_bytes` the folder is ours, and gives the logits of the end of a prompt alone.
     """
-    path, dtype = folder / "model.onnx", torch.int8 if codes else torch.float32
-    session = Session(path)
-    files = [file for file in folder.iterdir() if file.name.startswith(path.name)]
-    read = sum(file.stat().st_size for file in files) - sizes.embedding_bytes
+    session, dtype = Session(folder / "model.onnx"), torch.int8 if codes else torch.float32
+    last_only = weight_bytes is None
 
     def ready(past: int, new: int) -> Call:
         call = session.bind()
@@ -132,4 +132,4 @@ def bound(
         once = ready(past, 1)
         return lambda: [once() for _ in range(STEPS)]
 
-    return Candidate(name, read, decode, lambda tokens: ready(0, tokens))
+    return Candidate(name, weight_bytes, decode, lambda tokens: ready(0, tokens))
