@@ -31,12 +31,13 @@ from lamella.ir.graph import Graph
 from lamella.timing import measure
 
 PROMPTS = (128, 512)
+SOURCES = {"llama": "A Llama of 88 million parameters", "trained": "The trained language model"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=("llama", "trained"), default="llama")
+    parser.add_argument("--model", choices=tuple(SOURCES), default="llama")
     parser.add_argument("--rounds", type=int, default=30, help="turns; a third for prompts")
     parser.add_argument("--openvino", metavar="PYTHON", help="interpreter with openvino and nncf")
     parser.add_argument("--no-exporter", action="store_true", help="it takes a minute")
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(physical_cores())
     with tempfile.TemporaryDirectory() as place:
-        model, folder = _model(given.model, Path(place))
+        model, folder = source_of(given.model, Path(place))
         sizes = Sizes.of(model)
         found: list[Candidate] = []
         absent: list[str] = []
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result.publish() if given.record else result.show()
 
 
-def _model(name: str, place: Path) -> tuple[LlamaForCausalLM, Path]:
+def source_of(name: str, place: Path) -> tuple[LlamaForCausalLM, Path]:
+    """One of `SOURCES`, and the folder it is in; `place` is for one that has none."""
     if name == "trained":
         folder = language_model()
         return AutoModelForCausalLM.from_pretrained(folder).eval(), folder
@@ -140,10 +142,9 @@ def _result(
         times = (column[candidate.name] for column in columns.values())
         rows.append((candidate.name, *sizes, *times))
     rows += [(name, *["absent"] * (len(columns) + 2)) for name in absent]
-    title = {"llama": "A Llama of 88 million parameters", "trained": "The trained language model"}
     return Result(
         name="decode" if model == "llama" else "decode_trained",
-        title=f"{title[model]}, batch 1: milliseconds a token and for a prompt",
+        title=f"{SOURCES[model]}, batch 1: milliseconds a token and for a prompt",
         columns=("candidate", "MB", "ms to read", *columns),
         rows=rows,
         notes=(

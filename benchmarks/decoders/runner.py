@@ -35,7 +35,7 @@ def built(source: Path, place: Path, sizes: Sizes) -> Iterator[Candidate | str]:
         name += ", 8-bit cache" * codes
         target = place / f"{precision}-{block}-{codes}"
         cache = _scales(place / "scales.json", sizes) if codes else ()
-        if not _build(source, target, precision, (f"block_size={block}", *cache)):
+        if not build(source, target, precision, (f"block_size={block}", *cache)):
             yield name
             continue
         files = [file for file in target.iterdir() if file.name.startswith("model.onnx")]
@@ -100,10 +100,11 @@ def _scales(path: Path, sizes: Sizes) -> tuple[str, str]:
     return "kv_cache_quant_scheme=int8_per_channel", f"kv_cache_scale_file={path}"
 
 
-def _build(source: Path, target: Path, precision: str, given: tuple[str, ...]) -> bool:
-    words = f"-i {source} -o {target} -p {precision} -e cpu -c {target}"
-    options = ["--extra_options", "accuracy_level=4", *given]
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *words.split(), *options]
+def build(source: Path, target: Path, precision: str, given: tuple[str, ...]) -> bool:
+    """Have the builder make a folder; tells whether it did."""
+    folders = ["-i", str(source), "-o", str(target), "-c", str(target)]
+    options = ["-p", precision, "-e", "cpu", "--extra_options", "accuracy_level=4", *given]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *folders, *options]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
