@@ -17,6 +17,7 @@ SCRIPTS = {
     "cost-model": ("benchmarks.cost_model", "--part", "decode", "--record"),
     "cost-model-prompt": ("benchmarks.cost_model", "--part", "prompt", "--record"),
     "kv-cache": ("benchmarks.kv_cache", "--record"),
+    "runner": ("benchmarks.runner", "--record"),
     "generate": ("benchmarks.generate", "--record"),
     "mixed-decode": ("benchmarks.mixed_decode",),
     "int4-loss": ("benchmarks.int4_loss", "--record"),
