@@ -152,7 +152,7 @@ def _result(
             "with caches bound; bare, and the builder's models, are sessions with theirs bound and "
             "nothing between two calls; runners include the search for the next token",
             "For a prompt, ours and PyTorch give the logits of its end alone; the models of others "
-            "give all of them, which is 8 % of the products",
+            "give all of them, 8 to 10 % of the products",
             "MB: of the weights a step reads; ms to read them at the "
             f"{speed / 1e9:.0f} GB/s that a sum over a large tensor reaches here",
         ),
