@@ -96,7 +96,8 @@ def check_formats(formats: Sequence[str]) -> None:
         known = (*FORMATS, "int8-rows")
         raise ValueError(
             f"there is no format {format!r}{closest(format, known)}; there are "
-            f"{', '.join(known)}, and grids with zero points such as 4/32z"
+            f"{', '.join(known)}, and grids with zero points such as 4/32z, or of 4 and 8 bits in "
+            f"blocks of 256"
         )
 
 
