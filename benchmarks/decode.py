@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lamella
-from benchmarks.decoders import ours, runner, torch_peers
+from benchmarks.decoders import genai, ours, torch_peers
 from benchmarks.decoders.candidate import STEPS, Call, Candidate, Sizes, llama
 from benchmarks.decoders.openvino_peer import openvino
 from benchmarks.record import Result
@@ -81,8 +81,8 @@ def _candidates(
 ) -> Iterator[Candidate | str]:
     sizes, graph = Sizes.of(model), lamella.capture(folder)
     yield from ours.ours(graph, sizes.capacity)
-    if runner.is_there():
-        yield from runner.built(folder, place, sizes)
+    if genai.is_there():
+        yield from genai.built(folder, place, sizes)
         yield from _in_the_layout(graph, place, sizes)
     else:
         yield "onnxruntime-genai"
@@ -104,8 +104,10 @@ def _in_the_layout(graph: Graph, place: Path, sizes: Sizes) -> Iterator[Candidat
         made = ours.quantized(coded if cache else graph, 4, block)
         lamella.save_checkpoint(made, target, format="onnxruntime-genai")
         name = f"lamella, 4 bits, blocks of {block}{cache}"
-        yield runner.bound(f"{name}, bare", target, sizes, codes=bool(cache))
-        yield runner.run(f"{name}, in that runner", target)
+        yield genai.bound(
+            f"{name}, bare", target, sizes, codes=bool(cache), last_only=True, weight_bytes=None
+        )
+        yield genai.run(f"{name}, in that runner", target)
 
 
 # ---- timing -----------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """``python -m benchmarks.runner``: our folders beside the builder's in the runner of both.
 
 The folders of onnxruntime-genai: what its model builder makes of a model in 4 bits by default
-(blocks of 32), and ours. Where the memory of a process lies moves its times by a tenth for as long
-as it lives, so that several processes are timed; in each of them the folders take turns. Shown is
-the time relative to the builder's in the same process.
+(blocks of 32), and ours. Times differ by up to a tenth from process to process and stay so while a
+process lives, so that several are timed; in each of them the folders take turns. Shown is the time
+relative to the builder's in the same process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import lamella
 from benchmarks.decode import SOURCES, source_of
-from benchmarks.decoders import ours, runner
+from benchmarks.decoders import genai, ours
 from benchmarks.decoders.candidate import STEPS, Sizes
 from benchmarks.record import Result
 from lamella.timing import measure
@@ -66,7 +66,7 @@ def _rows(name: str, processes: int, rounds: int) -> Iterator[tuple[object, ...]
     with tempfile.TemporaryDirectory() as place:
         model, folder = source_of(name, Path(place))
         sizes, root = Sizes.of(model), Path(place) / "folders"
-        if not runner.build(folder, root / BASE, "int4", ("block_size=32",)):
+        if not genai.build(folder, root / BASE, "int4", ("block_size=32",)):
             raise SystemExit("the model builder of onnxruntime-genai failed")
         graph = lamella.capture(folder)
         coded = ours.with_codes(graph)
@@ -88,7 +88,7 @@ def _process(root: Path, far: int, rounds: int) -> dict[str, list[float]]:
 
 def timed(root: Path, far: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each folder: a token behind 128 and behind `far`, a prompt."""
-    found = {path.name: runner.run(path.name, path) for path in sorted(root.iterdir())}
+    found = {path.name: genai.run(path.name, path) for path in sorted(root.iterdir())}
     steps = [{name: one.decode(past) for name, one in found.items()} for past in (128, far)]
     prompts = {name: one.prefill(PROMPT) for name, one in found.items()}
     times = [measure(calls, rounds=rounds) for calls in steps]

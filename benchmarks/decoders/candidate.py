@@ -68,6 +68,13 @@ class Sizes:
             capacity=config.max_position_embeddings,
         )
 
+    def cache(self, tokens: int) -> Tensor:
+        """Random keys or values from -1 to 1, ``[1, heads, tokens, width]``.
+
+        Zeros would not do: memory that nobody has written to is one page, always in the cache.
+        """
+        return torch.rand(1, self.heads, tokens, self.width) * 2 - 1
+
 
 def llama() -> LlamaForCausalLM:
     """88 million random weights: 12 blocks, 768 wide, 12 heads over 4 for keys and values."""

@@ -57,8 +57,7 @@ def exported(model: LlamaForCausalLM, folder: Path, sizes: Sizes) -> Candidate:
     session = Session(next(folder.rglob("*.onnx")))
 
     def fed(before: int, new: int) -> Call:
-        empty = torch.zeros(1, sizes.heads, before, sizes.width)
-        feeds: dict[str, Tensor] = dict.fromkeys(session.inputs, empty)
+        feeds: dict[str, Tensor] = {name: sizes.cache(before) for name in session.inputs}
         feeds["input_ids"] = prompt(new)
         feeds["attention_mask"] = prompt(before + new)
         feeds["position_ids"] = torch.arange(before, before + new).unsqueeze(0)

@@ -86,8 +86,8 @@ class Format:
 
     def __post_init__(self) -> None:
         _one_of("bits", self.bits, BITS)
-        _one_of("block", self.block, BLOCKS)
-        _one_of(f"block of {self.bits} bits", self.block, blocks_of(self.bits))
+        blocks = blocks_of(self.bits)
+        _one_of("block" if blocks == BLOCKS else f"block of {self.bits} bits", self.block, blocks)
         _one_of("scale_dtype", self.scale_dtype, tuple(SCALE_DTYPES.values()))
 
     def __str__(self) -> str:

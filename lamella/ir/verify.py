@@ -22,7 +22,7 @@ from lamella.ir import fake_values, ops
 from lamella.ir.graph import Graph
 from lamella.ir.torch_private import FakeTensorMode, statically_known_true
 
-_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError)
+_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError)
 _OPS = frozenset({"placeholder", "get_attr", "call_function", "output"})
 
 

@@ -72,6 +72,29 @@ def test_logits_are_those_of_the_last_token_that_is_there(tmp_path):
         assert got[6:] == wanted[len(prompt) :]
 
 
+def test_a_second_turn_continues_as_one_prompt_with_all_of_it(tmp_path):
+    lamella.save_checkpoint(
+        lamella.capture(model_of("llama")), tmp_path / "out", format="onnxruntime-genai"
+    )
+    runner = onnxruntime_genai.Model(str(tmp_path / "out"))
+
+    def begun(prompt: list[int]) -> Any:
+        generator = onnxruntime_genai.Generator(runner, onnxruntime_genai.GeneratorParams(runner))
+        generator.append_tokens(prompt)
+        return generator
+
+    generator = begun(PROMPT[0].tolist())
+    for _ in range(4):
+        generator.generate_next_token()
+    answer = [int(token) for token in generator.get_sequence(0)]
+    # As docs/deploy-checkpoints.md says: the runner itself leaves out the last token.
+    generator.rewind_to(len(answer) - 1)
+    generator.append_tokens([answer[-1], 9, 12])
+    wanted = begun([*answer, 9, 12]).get_logits()
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(generator.get_logits(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_blocks_that_were_dropped_are_gone_from_the_config(tmp_path):
     graph = lamella.capture(model_of("llama"))
     lamella.transform(graph, ["drop-blocks blocks=1", "quantize-weights bits=8 block=32"])

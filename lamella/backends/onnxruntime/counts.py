@@ -53,8 +53,9 @@ def add_counts(e: Emission, inputs: Mapping[str, ir.Value]) -> Iterator[ir.Value
 
 def _last(e: Emission, summed: ir.Value, total: ir.Value, tokens: ir.Value) -> ir.Value:
     """The last new token of each sequence that the mask does not hide, as `ROWS`."""
-    # Counted from the end: -1, and less by the hidden tokens behind it. In a batch they may be of
-    # the past; then there is one new token, as `GroupQueryAttention` takes no more, and it is it.
+    # Counted from the end: -1, or -1 - n when the last n columns of the mask are 0. In a batch
+    # these zeros may lie in the past. Then there is one new token, since `GroupQueryAttention`
+    # takes no more behind a past of uneven lengths, and the remainder by 1 chooses it.
     behind = e.op("Sub", e.op("Sub", summed, e.ints(1)), total)
     last = e.op("Mod", behind, e.op("Shape", tokens, start=1, end=2))
     return e.op("Unsqueeze", last, e.ints(1, 2))

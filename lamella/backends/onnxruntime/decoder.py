@@ -247,11 +247,10 @@ class OnnxDecoder(Decoder):
     def _write(self, call: Bound, part: Part) -> None:
         """The numbers of another token into a call that is bound."""
         for name, value in self._numbers(part).items():
-            bound = call.tensor(name)
             if name == ROWS:
                 continue
-            if bound.shape == value.shape:
-                bound.copy_(value)
+            if call.tensor(name).shape == value.shape:
+                call.write(name, value)
             else:
                 call.input(name, value.contiguous().clone())
 

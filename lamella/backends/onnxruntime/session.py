@@ -181,7 +181,6 @@ def _options(ort: Any, threads: int, optimized: Path | None) -> Any:
     options.log_severity_level = 4
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-        options.log_severity_level = 4
     return options
 
 

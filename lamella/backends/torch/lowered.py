@@ -15,7 +15,8 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from lamella.backends.torch import kernels, wide
-from lamella.backends.torch.chains import lower_attention, lower_chains
+from lamella.backends.torch.chain_attention import lower_attention
+from lamella.backends.torch.chains import lower_chains
 from lamella.backends.torch.held import (
     BFLOAT16,
     INT4,

@@ -40,7 +40,7 @@ def built(source: Path, place: Path, sizes: Sizes) -> Iterator[Candidate | str]:
             continue
         files = [file for file in target.iterdir() if file.name.startswith("model.onnx")]
         read = sum(file.stat().st_size for file in files) - sizes.embedding_bytes
-        yield bound(name, target, sizes, codes=codes, weight_bytes=read)
+        yield bound(name, target, sizes, codes=codes, last_only=False, weight_bytes=read)
         if precision == "int4":
             yield run(f"{name}, in its runner", target)
 
@@ -109,19 +109,19 @@ def build(source: Path, target: Path, precision: str, given: tuple[str, ...]) ->
 
 
 def bound(
-    name: str, folder: Path, sizes: Sizes, *, codes: bool, weight_bytes: int | None = None
+    name: str, folder: Path, sizes: Sizes, *, codes: bool, last_only: bool, weight_bytes: int | None
 ) -> Candidate:
     """The session of a folder with its caches bound, which hold codes or floats.
 
-    Without `weight_bytes` the folder is ours, and gives the logits of the end of a prompt alone.
+    `last_only` says that it gives the logits of the end of a prompt alone.
     """
-    session, dtype = Session(folder / "model.onnx"), torch.int8 if codes else torch.float32
-    last_only = weight_bytes is None
+    session = Session(folder / "model.onnx")
 
     def ready(past: int, new: int) -> Call:
         call = session.bind()
         for key in [key for key in session.inputs if key.startswith("past_key_values")]:
-            buffer = torch.zeros(1, sizes.heads, sizes.capacity, sizes.width, dtype=dtype)
+            floats = sizes.cache(sizes.capacity)
+            buffer = (floats * 127).to(torch.int8) if codes else floats
             call.input(key, buffer)
             call.output(key.replace("past_key_values", "present"), buffer)
         call.input("input_ids", prompt(new))
