@@ -1,20 +1,27 @@
 """A decoder with its cache: milliseconds a token and for a prompt, ours beside what others make.
 
-    python -m benchmarks.decode [--model llama|trained] [--openvino PYTHON] [--rounds 30]
+    python -m benchmarks.decode [--model llama|trained] [--openvino PYTHON] [--rounds 15]
 
 The model is a Llama of 88 million random weights, or the trained language model of the zoo.
-Everything takes turns in one run with the same threads: ours at several widths, the model builder
-of onnxruntime-genai (its sessions bare, and in its own runner), our layout for that runner, the
-ONNX exporter of transformers with its fusions for ONNX Runtime, and PyTorch. `--openvino` names an
-interpreter that has openvino and nncf. A peer that is missing is a row that says so.
+Everything takes turns in one process with the same threads: ours at several widths, the model
+builder of onnxruntime-genai (its sessions bare, and in its own runner), our layout for that runner,
+the ONNX exporter of transformers with its fusions for ONNX Runtime, and PyTorch. What a process is
+lucky or unlucky with stays so while it lives, up to a tenth of the time; so that there are several,
+one after the other. `--openvino` names an interpreter that has openvino and nncf. A peer that is
+missing is a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -34,15 +41,54 @@ PROMPTS = (128, 512)
 SOURCES = {"llama": "A Llama of 88 million parameters", "trained": "The trained language model"}
 
 
+@dataclass(frozen=True)
+class Times:
+    """What one process measured.
+
+    Attributes:
+        columns: Heading -> candidate -> milliseconds.
+        read_bytes: Candidate -> bytes of the weights that a step reads, where that is known.
+        absent: Candidates that are not there.
+    """
+
+    columns: dict[str, dict[str, float]]
+    read_bytes: dict[str, int | None]
+    absent: list[str]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=tuple(SOURCES), default="llama")
-    parser.add_argument("--rounds", type=int, default=30, help="turns; a third for prompts")
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=15, help="turns; a third for prompts")
     parser.add_argument("--openvino", metavar="PYTHON", help="interpreter with openvino and nncf")
     parser.add_argument("--no-exporter", action="store_true", help="it takes a minute")
     parser.add_argument("--record", action="store_true", help="write the table of results")
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.into is not None:
+        given.into.write_text(json.dumps(asdict(_measured(given))))
+        return
+    torch.set_num_threads(physical_cores())
+    found = [_in_a_process(given) for _ in range(given.processes)]
+    result = _result(given.model, found)
+    result.publish() if given.record else result.show()
+
+
+def _in_a_process(given: argparse.Namespace) -> Times:
+    with tempfile.TemporaryDirectory() as place:
+        into = Path(place) / "times.json"
+        command = [sys.executable, "-m", "benchmarks.decode", "--into", str(into)]
+        command += ["--model", given.model, "--rounds", str(given.rounds)]
+        command += ["--openvino", given.openvino] if given.openvino else []
+        command += ["--no-exporter"] if given.no_exporter else []
+        subprocess.run(command, check=True)
+        return Times(**json.loads(into.read_text()))
+
+
+def _measured(given: argparse.Namespace) -> Times:
+    """What this process measures."""
     torch.set_num_threads(physical_cores())
     with tempfile.TemporaryDirectory() as place:
         model, folder = source_of(given.model, Path(place))
@@ -53,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (absent if isinstance(each, str) else found).append(each)  # pyright: ignore[reportArgumentType]
         pasts = (128, min(1024, sizes.capacity - 64))
         columns = _columns(found, pasts, given.rounds)
-        result = _result(given.model, columns, found, absent)
-    result.publish() if given.record else result.show()
+    return Times(columns, {one.name: one.weight_bytes for one in found}, absent)
 
 
 def source_of(name: str, place: Path) -> tuple[LlamaForCausalLM, Path]:
@@ -129,30 +174,28 @@ def _columns(
     return steps | prompts
 
 
-def _result(
-    model: str,
-    columns: Mapping[str, Mapping[str, float]],
-    found: Sequence[Candidate],
-    absent: Sequence[str],
-) -> Result:
+def _result(model: str, found: Sequence[Times]) -> Result:
     """A row for each candidate."""
-    speed = bandwidth()
+    speed, first = bandwidth(), found[0]
     rows: list[tuple[object, ...]] = []
-    for candidate in found:
-        read = candidate.weight_bytes
+    for name, read in first.read_bytes.items():
         sizes = ("", "") if read is None else (read / 1e6, read / speed * 1e3)
-        times = (column[candidate.name] for column in columns.values())
-        rows.append((candidate.name, *sizes, *times))
-    rows += [(name, *["absent"] * (len(columns) + 2)) for name in absent]
+        times = (
+            statistics.median(one.columns[heading][name] for one in found if name in one.read_bytes)
+            for heading in first.columns
+        )
+        rows.append((name, *sizes, *times))
+    rows += [(name, *["absent"] * (len(first.columns) + 2)) for name in first.absent]
     return Result(
         name="decode" if model == "llama" else "decode_trained",
         title=f"{SOURCES[model]}, batch 1: milliseconds a token and for a prompt",
-        columns=("candidate", "MB", "ms to read", *columns),
+        columns=("candidate", "MB", "ms to read", *first.columns),
         rows=rows,
         notes=(
-            f"Medians of interleaved turns, {STEPS} steps each. Ours goes through `Decoder.step` "
-            "with caches bound; bare, and the builder's models, are sessions with theirs bound and "
-            "nothing between two calls; runners include the search for the next token",
+            f"Medians over {len(found)} processes, each of them of interleaved turns, {STEPS} "
+            "steps each. Ours goes through `Decoder.step` with caches bound; bare, and the "
+            "builder's models, are sessions with theirs bound and nothing between two calls; "
+            "runners include the search for the next token",
             "For a prompt, ours and PyTorch give the logits of its end alone; the models of others "
             "give all of them, 8 to 10 % of the products",
             "MB: of the weights a step reads; ms to read them at the "

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime_genai
 import pytest
 import torch
+import transformers
 
 import lamella
 from lamella.errors import CheckpointError
@@ -93,6 +94,35 @@ def test_a_second_turn_continues_as_one_prompt_with_all_of_it(tmp_path):
     wanted = begun([*answer, 9, 12]).get_logits()
     # Sums of float32 in another order.
     np.testing.assert_allclose(generator.get_logits(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def _inputs(folder: Path) -> set[str]:
+    written = onnx.load(folder / "model.onnx", load_external_data=False)
+    config = json.loads((folder / "genai_config.json").read_text())
+    found = {value.name for value in written.graph.input if "past" not in value.name}
+    assert found == {key for key in config["model"]["decoder"]["inputs"] if "past" not in key}
+    return found
+
+
+def test_positions_are_an_input_where_something_reads_them(tmp_path):
+    # Heads of 32: the attention rotates them itself, by the row that a token has in the cache.
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=2,
+    )
+    models = {"rotary": transformers.LlamaForCausalLM(config), "table": model_of("gpt2")}
+    for name, model in models.items():
+        graph = lamella.capture(model.eval())
+        lamella.save_checkpoint(graph, tmp_path / name, format="onnxruntime-genai")
+    assert _inputs(tmp_path / "rotary") == {"input_ids", "attention_mask"}
+    assert _inputs(tmp_path / "table") == {"input_ids", "attention_mask", "position_ids"}
+    wanted = models["rotary"].generate(input_ids=PROMPT, max_new_tokens=NEW, do_sample=False)
+    got = generated(tmp_path / "rotary")
+    assert got == wanted[0].tolist()[: len(got)]
 
 
 def test_blocks_that_were_dropped_are_gone_from_the_config(tmp_path):

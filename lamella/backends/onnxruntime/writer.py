@@ -218,8 +218,8 @@ def _results(e: Emission, outputs: tuple[Output, ...], names: Names) -> list[ir.
 
 def _model(e: Emission, inputs: list[ir.Value], results: list[ir.Value]) -> ir.Model:
     nodes, read = _live(e.nodes, results)
-    if e.options.caches is Caches.BOUND:
-        # Who binds buffers asks which inputs there are.
+    if e.options.caches is not Caches.PLAIN:
+        # Who binds buffers asks which inputs there are, and fills those for every token.
         inputs = [value for value in inputs if value in read]
     initializers = [value for value in e.initializers.values() if value in read]
     domains = {node.domain for node in nodes}
