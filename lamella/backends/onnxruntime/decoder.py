@@ -238,8 +238,11 @@ class OnnxDecoder(Decoder):
         for name, value in self._numbers(part).items():
             call.input(name, value.contiguous().clone())
         for slot, past, present in zip(layout.slots, state.past, state.present, strict=True):
-            call.input(slot.input, past[chosen])
-            call.output(slot.output, present[chosen])
+            if past is present:
+                call.buffer(slot.input, slot.output, past[chosen])
+            else:
+                call.input(slot.input, past[chosen])
+                call.output(slot.output, present[chosen])
         wanted = (len(part.filled), part.rows.shape[1], self._vocabulary)
         call.output(layout.logits, torch.empty(wanted))
         return call

@@ -119,6 +119,12 @@ class Bound:
         """Write output `name` into a contiguous tensor on the CPU."""
         self._binding.bind_ortvalue_output(name, self._over(name, tensor))
 
+    def buffer(self, source: str, result: str, tensor: Tensor) -> None:
+        """Read input `source` from a contiguous tensor on the CPU, and write `result` into it."""
+        value = self._over(source, tensor)
+        self._binding.bind_ortvalue_input(source, value)
+        self._binding.bind_ortvalue_output(result, value)
+
     def tensor(self, name: str) -> Tensor:
         """What is bound as `name`."""
         return self._kept[name]
