@@ -40,7 +40,7 @@ def add_counts(e: Emission, inputs: Mapping[str, ir.Value]) -> Iterator[ir.Value
         length = e.cast(e.op("Squeeze", total, e.ints(0)), torch.int64, torch.int32)
         summed = e.op("ReduceSum", mask, e.ints(1), keepdims=0)
         filled = e.cast(e.op("Sub", summed, e.ints(1)), torch.int64, torch.int32)
-        e.counts |= {FILLED: filled, TOTAL: length, ROWS: _last(e, summed, total, tokens)}
+        e.counts |= {FILLED: filled, TOTAL: length, ROWS: _last(e, mask, total)}
     # The buffers are longer than what they hold: no shape of theirs says how long the past is.
     by_name = dict(zip(e.graph.signature.inputs, e.graph.inputs, strict=True))
     e.know_extent(by_name[layout.mask].meta["val"].shape[1], total)
@@ -51,14 +51,10 @@ def add_counts(e: Emission, inputs: Mapping[str, ir.Value]) -> Iterator[ir.Value
             e.know_extent(past, e.op("Sub", total, new))
 
 
-def _last(e: Emission, summed: ir.Value, total: ir.Value, tokens: ir.Value) -> ir.Value:
-    """The last new token of each sequence that the mask does not hide, as `ROWS`."""
-    # Counted from the end: -1, or -1 - n when the last n columns of the mask are 0. In a batch
-    # these zeros may lie in the past. Then there is one new token, since `GroupQueryAttention`
-    # takes no more behind a past of uneven lengths, and the remainder by 1 chooses it.
-    behind = e.op("Sub", e.op("Sub", summed, e.ints(1)), total)
-    last = e.op("Mod", behind, e.op("Shape", tokens, start=1, end=2))
-    return e.op("Unsqueeze", last, e.ints(1, 2))
+def _last(e: Emission, mask: ir.Value, total: ir.Value) -> ir.Value:
+    """The last token of each sequence that the mask does not hide, as `ROWS`: from the end."""
+    place = e.op("ArgMax", mask, axis=1, keepdims=1, select_last_index=1)
+    return e.op("Unsqueeze", e.op("Sub", place, total), e.ints(2))
 
 
 def _as_inputs(e: Emission) -> Iterator[ir.Value]:
