@@ -29,7 +29,8 @@ _LIBRARIES = ("lamella", "torch", "transformers", "onnx-ir", "onnxruntime", "onn
 _MALFORMED = (
     *(AttributeError, TypeError, ValueError, LookupError, StopIteration, NotImplementedError),
 )
-"""What comes of data that has another form than its reader expects."""
+"""What comes of data that has another form than its reader expects; the last is what PyTorch
+raises for an operator on numbers of a type that it does not take."""
 
 Loaded = TypeVar("Loaded")
 

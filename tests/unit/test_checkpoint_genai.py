@@ -16,6 +16,7 @@ import transformers
 import lamella
 from lamella.errors import CheckpointError
 from tests.conftest import family_of
+from tests.tiny import save_language_model
 
 DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "opt", "mixtral")
 PROMPT = torch.tensor([[5, 17, 40, 8, 23, 61]])
@@ -106,21 +107,15 @@ def _inputs(folder: Path) -> set[str]:
 
 def test_positions_are_an_input_where_something_reads_them(tmp_path):
     # Heads of 32: the attention rotates them itself, by the row that a token has in the cache.
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=2,
-    )
-    models = {"rotary": transformers.LlamaForCausalLM(config), "table": model_of("gpt2")}
+    folder = save_language_model(tmp_path / "model")
+    rotary = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    models = {"rotary": rotary, "table": model_of("gpt2")}
     for name, model in models.items():
-        graph = lamella.capture(model.eval())
+        graph = lamella.capture(model)
         lamella.save_checkpoint(graph, tmp_path / name, format="onnxruntime-genai")
     assert _inputs(tmp_path / "rotary") == {"input_ids", "attention_mask"}
     assert _inputs(tmp_path / "table") == {"input_ids", "attention_mask", "position_ids"}
-    wanted = models["rotary"].generate(input_ids=PROMPT, max_new_tokens=NEW, do_sample=False)
+    wanted = rotary.generate(input_ids=PROMPT, max_new_tokens=NEW, do_sample=False)
     got = generated(tmp_path / "rotary")
     assert got == wanted[0].tolist()[: len(got)]
 

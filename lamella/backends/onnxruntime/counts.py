@@ -2,7 +2,7 @@
 
 `com.microsoft.GroupQueryAttention` takes, for each sequence, the last filled row after the new
 tokens (``seqlens_k``) and, for all of them, how many columns a mask would have
-(``total_sequence_length``).
+(``total_sequence_length``, without axes or as a vector of one).
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ TOTAL = "total"
 ROWS = "rows"
 """Input of `Caches.BOUND`: the new tokens whose logits are wanted, int64 ``[batch, wanted, 1]``."""
 
+CHUNK = 512
+"""Most new tokens of a sequence in a call of `Caches.BOUND`: their scores with all keys may be
+held in memory."""
+
 
 def add_counts(e: Emission, inputs: Mapping[str, ir.Value]) -> Iterator[ir.Value]:
     """Make `FILLED`, `TOTAL` and `ROWS` known to the emission; gives those that are inputs."""
@@ -37,7 +41,7 @@ def add_counts(e: Emission, inputs: Mapping[str, ir.Value]) -> Iterator[ir.Value
         total = e.cast(total, torch.int32, torch.int64)
     else:
         total = e.op("Shape", mask, start=1, end=2)
-        length = e.cast(e.op("Squeeze", total, e.ints(0)), torch.int64, torch.int32)
+        length = e.cast(total, torch.int64, torch.int32)
         summed = e.op("ReduceSum", mask, e.ints(1), keepdims=0)
         filled = e.cast(e.op("Sub", summed, e.ints(1)), torch.int64, torch.int32)
         e.counts |= {FILLED: filled, TOTAL: length, ROWS: _last(e, mask, total)}

@@ -19,7 +19,7 @@ from torch import Tensor
 from lamella.backends.decoder import Decoder, GrowingState, State, Step
 from lamella.backends.onnxruntime.binding import Binding
 from lamella.backends.onnxruntime.buffers import Buffers
-from lamella.backends.onnxruntime.counts import FILLED, ROWS, TOTAL
+from lamella.backends.onnxruntime.counts import CHUNK, FILLED, ROWS, TOTAL
 from lamella.backends.onnxruntime.placement import (
     Part,
     Placement,
@@ -31,9 +31,6 @@ from lamella.backends.onnxruntime.placement import (
 from lamella.backends.onnxruntime.session import Bound, Session
 from lamella.errors import GenerationError
 from lamella.ir.cache import CacheLayout
-
-CHUNK = 512
-"""New tokens of one call: the scores of all of them with all keys are held in memory."""
 
 
 @final

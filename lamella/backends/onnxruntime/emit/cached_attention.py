@@ -4,7 +4,7 @@ Two forms. With the caches as tensors that grow (`Caches.PLAIN`) it is the stand
 opset 23, whose mask, cap and empty rows are those of PyTorch. With the caches as buffers it is
 `com.microsoft.GroupQueryAttention`: nothing is copied, the rotary embedding is done by the
 kernel where the angles depend on positions alone, and no mask is needed, because the rows of a
-sequence have no gaps.
+sequence have no gaps. Where the scores of a head have room they are computed at once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from lamella.backends.onnxruntime.counts import FILLED, TOTAL
 from lamella.backends.onnxruntime.emission import MICROSOFT, Caches, Call, Emission, Emitter
+from lamella.backends.onnxruntime.emit import scores_at_once
 from lamella.backends.onnxruntime.emit.heads import heads_joined
 from lamella.backends.onnxruntime.emit.rotary_tables import rotated_alike, table_of
 from lamella.backends.onnxruntime.extents import same_size
@@ -48,19 +49,22 @@ def _over_buffers(e: Emission, call: Call) -> tuple[ir.Value, ...]:
     if tables is not None:
         query, key = Call.of(query)["input"], Call.of(key)["input"]
     joined = [_joined(e, node) for node in (query, key, call["value"])]
+    taken, at_once = _packed(joined), scores_at_once.is_fit(e, call)
+    if at_once:
+        taken = scores_at_once.scaled_queries(e, call, taken)
     window = int(call["window"])
     heads, width = int(call.fake("query").shape[1]), int(call.fake("query").shape[3])
     attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": int(call.fake("key").shape[1]),
-        "scale": float(call["scale"]),
+        "scale": 1.0 if at_once else float(call["scale"]),
         "softcap": float(call["softcap"]),
         "local_window_size": window or -1,
         "do_rotary": int(tables is not None),
         **(_CODES if call["key_scale"] is not None else {}),
     }
     inputs = [
-        *_packed(joined),
+        *taken,
         e.tensor(call["past_key"]),
         e.tensor(call["past_value"]),
         e.counts[FILLED],
@@ -68,7 +72,7 @@ def _over_buffers(e: Emission, call: Call) -> tuple[ir.Value, ...]:
         *(tables or (None, None)),
         None,
         _bias(e, call),
-        None,
+        scores_at_once.weightless_sink(e, call) if at_once else None,
         e.optional(call["key_scale"]),
         e.optional(call["value_scale"]),
     ]

@@ -40,11 +40,16 @@ class Table:
     sin: Tensor
 
 
+def longest_of(graph: Graph) -> int:
+    """Tokens of the longest sequence that the model was made for, or a usual number."""
+    config: Mapping[str, Any] = graph.origin.config or {}
+    most = config.get("max_position_embeddings", config.get("n_positions"))
+    return most if isinstance(most, int) else _ROWS
+
+
 def rows_of(graph: Graph) -> int:
     """How many positions a table has: those of the model, as far as memory is no matter."""
-    config: Mapping[str, Any] = graph.origin.config or {}
-    most = config.get("max_position_embeddings")
-    return min(most if isinstance(most, int) else _ROWS, _MOST_ROWS)
+    return min(longest_of(graph), _MOST_ROWS)
 
 
 def rotated_alike(query: Node, key: Node) -> bool:
