@@ -120,7 +120,7 @@ def test_a_product_that_is_read_elsewhere_is_written_once():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_tile_by_tile_when_the_scores_have_no_room(form: str, monkeypatch):
-    monkeypatch.setattr("lamella.backends.onnxruntime.emit.scores_at_once._MOST_BYTES", 0)
+    monkeypatch.setattr("lamella.backends.onnxruntime.emit.scores_at_once.is_fit", lambda *_: False)
     step = graph_for(form)
     assert not any(map(has_sink, attentions(written(step))))
     ours, theirs = OnnxRuntimeBackend(threads=1).decoder(step), EagerBackend().decoder(step)
@@ -129,16 +129,14 @@ def test_tile_by_tile_when_the_scores_have_no_room(form: str, monkeypatch):
         torch.testing.assert_close(ours.step(one, given), theirs.step(two, given), **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("longest", "bound", "shared"), [(1024, True, True), (8192, True, False), (65536, False, False)]
-)
-def test_long_sequences_need_prompts_in_parts(longest: int, bound: bool, shared: bool):
-    """4 heads: 2**28 bytes hold 4,096 by 4,096 scores of each, or 512 by 32,768."""
+@pytest.mark.parametrize(("longest", "shared"), [(1024, True), (4096, True), (4097, False)])
+def test_whole_prompts_need_room(longest: int, shared: bool):
+    """Runners read a prompt in one call: 2**28 bytes hold 4,096 by 4,096 scores of 4 heads."""
     step = graph_for("grouped")
     kept = step.origin
     step.origin = dataclasses.replace(kept, config={"max_position_embeddings": longest})
     try:
-        for caches, wanted in ((Caches.BOUND, bound), (Caches.SHARED, shared)):
+        for caches, wanted in ((Caches.BOUND, True), (Caches.SHARED, shared)):
             assert [has_sink(node) for node in attentions(written(step, caches))] == [wanted]
     finally:
         step.origin = kept

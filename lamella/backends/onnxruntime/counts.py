@@ -24,8 +24,8 @@ ROWS = "rows"
 """Input of `Caches.BOUND`: the new tokens whose logits are wanted, int64 ``[batch, wanted, 1]``."""
 
 CHUNK = 512
-"""Most new tokens of a sequence in a call of `Caches.BOUND`: their scores with all keys may be
-held in memory."""
+"""Most new tokens of a sequence in a call of `Caches.BOUND`, whose scores with all keys are held
+in memory."""
 
 
 def add_counts(e: Emission, inputs: Mapping[str, ir.Value]) -> Iterator[ir.Value]:

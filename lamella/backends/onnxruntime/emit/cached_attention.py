@@ -4,7 +4,7 @@ Two forms. With the caches as tensors that grow (`Caches.PLAIN`) it is the stand
 opset 23, whose mask, cap and empty rows are those of PyTorch. With the caches as buffers it is
 `com.microsoft.GroupQueryAttention`: nothing is copied, the rotary embedding is done by the
 kernel where the angles depend on positions alone, and no mask is needed, because the rows of a
-sequence have no gaps. Where the scores of a head have room they are computed at once.
+sequence have no gaps. Scores of a head are computed at once where they have room.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ ONNX Runtime's `GroupQueryAttention` goes over the cache tile by tile, which nee
 the scores. For one new token that is slow: its scores are a row. It leaves the tiles when there
 is an attention sink, and one of weight zero changes nothing; the product of one query and the
 keys then has a kernel of its own, which the runtime takes when no factor is asked for, so that
-the queries come scaled. With 12 heads of 64 channels, one token over 128 / 960 rows takes 0.65 /
-0.61 of the time (ONNX Runtime 1.31, two cores), 512 new tokens 0.9 to 0.97 of it; a prompt of
-more than a thousand tokens in one call is slower, by 0.4 at 2,048.
+the queries come scaled. With 12 heads of 64 channels, one token over 128 / 960 / 7,900 rows takes
+0.65 / 0.61 / 0.53 of the time (ONNX Runtime 1.31, two cores), 512 new tokens 0.8 to 1.05 of it; a
+prompt of more than a thousand tokens in one call is slower, by 0.4 at 2,048.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from lamella.backends.onnxruntime.counts import CHUNK
 from lamella.backends.onnxruntime.emission import MICROSOFT, Caches, Call, Emission
 from lamella.backends.onnxruntime.emit.rotary_tables import longest_of
 
 lam = torch.ops.lamella
 
 _MOST_BYTES = 2**28
-"""What the scores of a sequence may take."""
+"""What the scores of a prompt that is read in one call may take."""
 
 
 def is_fit(e: Emission, call: Call) -> bool:
-    """Whether an attention holds floats, and the scores of the longest sequence have room."""
+    """Whether an attention reads floats, and its scores have room.
+
+    They have in `Caches.BOUND`: those of `counts.CHUNK` tokens take about as much as the cache.
+    """
     if call["key_scale"] is not None:
         return False
     longest = longest_of(e.graph)
-    new = min(CHUNK, longest) if e.options.caches is Caches.BOUND else longest
-    return 4 * int(call.fake("query").shape[1]) * new * longest <= _MOST_BYTES
+    whole_prompt = 4 * int(call.fake("query").shape[1]) * longest**2
+    return e.options.caches is Caches.BOUND or whole_prompt <= _MOST_BYTES
 
 
 def weightless_sink(e: Emission, call: Call) -> ir.Value:
