@@ -13,7 +13,7 @@ import torch
 from lamella.backends.base import Backend
 from lamella.backends.onnxruntime.threads import physical_cores
 
-TABLE_VERSION = 3
+TABLE_VERSION = 4
 """Of the way kernels are measured; figures of another version are not used."""
 
 _SAME_KERNELS = frozenset({"threads", "scratch", "slow_kernels"})
