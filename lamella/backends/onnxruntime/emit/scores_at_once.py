@@ -54,12 +54,13 @@ def scaled_queries(e: Emission, call: Call, taken: list[ir.Value | None]) -> lis
     assert whole is not None
     if scale == 1:
         return taken
-    sizes = [_channels(call, name) for name in ("query", "key", "value")]
-    factors = np.repeat(np.array([scale, 1, 1], np.float32), sizes)
-    if others[0] is not None:
-        factors = factors[: sizes[0]]
+    # Apart, only the queries are touched; side by side, keys and values come along.
+    names = ("query",) if others[0] is not None else ("query", "key", "value")
+    sizes = [_channels(call, name) for name in names]
+    factors = np.repeat(np.array([scale, 1, 1], np.float32)[: len(sizes)], sizes)
     codes = whole.producer()
-    if codes is None or codes.op_type != "MatMulNBits" or not _is_read_here_alone(call):
+    alone = all(_is_read_once(call[name]) for name in names)
+    if codes is None or codes.op_type != "MatMulNBits" or not alone:
         return [e.op("Mul", whole, e.const(factors)), *others]
     return [_from_scaled_codes(e, codes, factors), *others]
 
@@ -79,12 +80,10 @@ def _channels(call: Call, name: str) -> int:
     return int(heads) * int(width)
 
 
-def _is_read_here_alone(call: Call) -> bool:
-    """Whether no one else reads the products: those without factors are not written then."""
-    return all(_comes_alone(call[name]) for name in ("query", "key", "value"))
-
-
-def _comes_alone(node: Node) -> bool:
-    while len(node.users) == 1 and node.target is not lam.linear_nbits.default:
+def _is_read_once(node: Node) -> bool:
+    """Whether it is all that is made of a product: without factors that is not written then."""
+    while len(node.users) == 1 and node.all_input_nodes:
+        if node.target is lam.linear_nbits.default:
+            return True
         node = node.all_input_nodes[0]
-    return len(node.users) == 1
+    return False
