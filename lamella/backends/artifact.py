@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
+
 from lamella.backends.manifest import MANIFEST, read_manifest, write_manifest
 from lamella.errors import ArtifactError, LamellaError
 
@@ -27,10 +29,10 @@ _SPARE_BYTES = 2**20
 _LIBRARIES = ("lamella", "torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 
 _MALFORMED = (
-    *(AttributeError, TypeError, ValueError, LookupError, StopIteration, NotImplementedError),
+    *(AttributeError, TypeError, ValueError, LookupError, StopIteration, StrictDataclassError),
 )
-"""What comes of data that has another form than its reader expects; the last is what PyTorch
-raises for an operator on numbers of a type that it does not take."""
+"""What comes of data that has another form than its reader expects; the last is what configs of
+transformers raise."""
 
 Loaded = TypeVar("Loaded")
 

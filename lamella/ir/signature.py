@@ -102,15 +102,26 @@ class Signature:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Signature:
-        """Read what `to_json` wrote; imports the modules of known output types."""
+        """Read what `to_json` wrote; imports the modules of known output types.
+
+        Raises:
+            ValueError: A tree holds a type that is not known here.
+        """
         for spec in (data["in_spec"], data["out_spec"]):
             _import_output_types(spec)
         return cls(
             tuple(data["inputs"]),
             tuple(data["outputs"]),
-            treespec_loads(json.dumps(data["in_spec"])),
-            treespec_loads(json.dumps(data["out_spec"])),
+            _tree(data["in_spec"]),
+            _tree(data["out_spec"]),
         )
+
+
+def _tree(data: Any) -> TreeSpec:
+    try:
+        return treespec_loads(json.dumps(data))
+    except RuntimeError as error:  # of PyTorch, for a type that no one registered
+        raise ValueError(f"the tree of inputs or outputs can't be read: {error}") from error
 
 
 def _import_output_types(spec: Any) -> None:

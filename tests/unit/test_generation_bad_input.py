@@ -131,6 +131,8 @@ def _slot(manifest: dict[str, Any]) -> dict[str, Any]:
         lambda manifest: _generation(manifest).update(generation_config=None),
         lambda manifest: manifest.update(signature={}),
         lambda manifest: manifest["signature"].update(in_spec=["zz", {}]),
+        lambda manifest: manifest["signature"]["in_spec"][1].update(type="zz"),
+        lambda manifest: _generation(manifest)["config"].update(vocab_size="zz"),
         lambda manifest: manifest.update(details=None),
         lambda manifest: manifest.update(inputs=[{"name": "input_ids"}]),
     ],
